@@ -1,0 +1,146 @@
+"""The fields that describe a run: data, augmentation, optimisation, and what is kept of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .fields import ConfigError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training or evaluation run. Names and defaults are upstream's unless said otherwise.
+
+    Attributes:
+        data_set: Which images: scikit-learn's digits (embedded, no path needed), ImageNet or any class folders
+            (train/ and val/ under data_path), torchvision's CIFAR or Fashion-MNIST files.
+        data_path: Folder of the data.
+        eval_data_path: Folder of the evaluation images of image_folder; default: val/ under data_path.
+        num_workers: Loader processes.
+        pin_mem: Page-locked memory for batches on their way to a GPU.
+        batch_size: Images per process and micro-batch.
+        update_freq: Micro-batches per optimizer step.
+        epochs: Length of the training.
+        start_epoch: First epoch; a resumed run sets it itself.
+        seed: Seed of weights, shuffling and augmentation; rank r adds r.
+        device: Where to run; auto takes a GPU when there is one.
+        use_amp: Mixed precision.
+        amp_dtype: Type of mixed precision; float16 scales the loss.
+        opt: Optimizer, any name of timm's factory.
+        opt_eps: The optimizer's epsilon; default: its own.
+        opt_betas: The optimizer's betas; default: its own.
+        momentum: Momentum of SGD (Nesterov).
+        weight_decay: Decay of matrices and kernels; never of biases and other vectors.
+        layer_decay: Learning-rate factor from one layer down to the one below it.
+        clip_grad: Largest norm of the gradient; default: no clipping.
+        lr: Peak learning rate, for the total batch, not scaled by anything.
+        min_lr: Where the cosine ends.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_steps: Optimizer steps of linear warm-up, when positive; it replaces warmup_epochs.
+        temp_epoch: Epochs over which the attention's temperature falls linearly to 0.
+        temp_init_value: Temperature at the first step.
+        model_ema: Keep an exponential moving average of the weights.
+        model_ema_decay: Its decay.
+        model_ema_eval: Evaluate it after each epoch too.
+        mixup: Alpha of mixup; 0 turns it off.
+        cutmix: Alpha of cutmix; 0 turns it off.
+        mixup_prob: Probability of mixing a batch.
+        mixup_switch_prob: Probability of cutmix when both are on.
+        mixup_mode: Whether images mix per batch, pair or element.
+        smoothing: Label smoothing.
+        aa: AutoAugment policy in timm's notation; null for none.
+        color_jitter: Strength of colour jitter where there is no AutoAugment policy.
+        reprob: Probability of random erasing.
+        remode: What fills the erased part.
+        recount: Number of erased parts.
+        train_interpolation: Interpolation of resizing.
+        crop_pct: Share of the resized image that evaluation crops; default: 224/256, or 1 from 384 pixels.
+        traditional_preprocess: Training images are only cropped and flipped, as in the MobileNetV2 recipes.
+        imagenet_default_mean_and_std: Normalise by ImageNet's statistics, else by Inception's 0.5.
+        output_dir: Folder for checkpoints and log.txt; empty: nothing is kept.
+        log_dir: Folder for TensorBoard's events; empty: none.
+        save_ckpt: Write checkpoints.
+        save_ckpt_freq: Epochs between checkpoints.
+        save_ckpt_num: How many of them to keep, besides the best.
+        auto_resume: Continue from the newest checkpoint in output_dir.
+        resume: Checkpoint to continue from, or to evaluate with eval.
+        finetune: Checkpoint whose weights to start from; a classifier of another size is replaced.
+        model_key: Entry of a checkpoint that holds the weights.
+        eval: Evaluate only.
+        disable_eval: No evaluation during training.
+        dist_url: How processes find each other.
+        local_rank: Set by torch.distributed.launch.
+    """
+
+    data_set: Literal["DIGITS", "IMNET", "image_folder", "CIFAR10", "CIFAR100", "FMNIST"] = "DIGITS"
+    data_path: str = ""
+    eval_data_path: str | None = None
+    num_workers: int = 10
+    pin_mem: bool = True
+    batch_size: int = 64
+    update_freq: int = 1
+    epochs: int = 300
+    start_epoch: int = 0
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    use_amp: bool = False
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    opt: str = "adamw"
+    opt_eps: float | None = 1e-8
+    opt_betas: tuple[float, ...] | None = None
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    clip_grad: float | None = None
+    lr: float = 4e-3
+    min_lr: float = 1e-6
+    warmup_epochs: float = 20
+    warmup_steps: int = -1
+    temp_epoch: float = 20
+    temp_init_value: float = 1.0
+    model_ema: bool = False
+    model_ema_decay: float = 0.9999
+    model_ema_eval: bool = False
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    smoothing: float = 0.1
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    reprob: float = 0.25
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    recount: int = 1
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
+    crop_pct: float | None = None
+    traditional_preprocess: bool = False
+    imagenet_default_mean_and_std: bool = True
+    output_dir: str = ""
+    log_dir: str = ""
+    save_ckpt: bool = True
+    save_ckpt_freq: int = 1
+    save_ckpt_num: int = 3
+    auto_resume: bool = True
+    resume: str = ""
+    finetune: str = ""
+    model_key: str = "model"
+    eval: bool = False
+    disable_eval: bool = False
+    dist_url: str = "env://"
+    local_rank: int = -1
+
+    def __post_init__(self):
+        for name in ("batch_size", "update_freq", "epochs", "recount", "save_ckpt_freq", "save_ckpt_num"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_workers", "start_epoch", "weight_decay", "warmup_epochs", "mixup", "cutmix", "temp_epoch"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay", "temp_init_value"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("lr", self.lr > 0, "positive")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "positive, or null for none")
+        self._require("crop_pct", self.crop_pct is None or self.crop_pct > 0, "positive")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"field '{name}': must be {rule}, found {getattr(self, name)!r}")
