@@ -2,3 +2,29 @@
 
 Importing the package registers the ``kw_*`` models with timm.
 """
+
+from .models import (
+    CheckpointError,
+    ConfigError,
+    ConversionPlan,
+    KWConfig,
+    ModelConfig,
+    build_model,
+    convert_,
+    load_checkpoint,
+    plan_conversion,
+    set_temperature,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionPlan",
+    "KWConfig",
+    "ModelConfig",
+    "build_model",
+    "convert_",
+    "load_checkpoint",
+    "plan_conversion",
+    "set_temperature",
+]

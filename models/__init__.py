@@ -1,1 +1,25 @@
-"""Placeholder."""
+"""Models: backbones of timm, converted to dynamic convolutions."""
+
+from ..schema import ConfigError, KWConfig, ModelConfig
+from .build import build_model
+from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, to_upstream
+from .convert import convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
+from .ops.kernel_warehouse import set_temperature
+from .plan import ConversionPlan
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionPlan",
+    "KWConfig",
+    "ModelConfig",
+    "build_model",
+    "convert_",
+    "load_checkpoint",
+    "plan_conversion",
+    "read_checkpoint",
+    "remove_unused_warehouses_",
+    "set_temperature",
+    "to_upstream",
+    "warehouse_users",
+]

@@ -1,1 +1,23 @@
-"""Placeholder."""
+"""KernelWarehouse (ICML 2024): kernels mixed, per input, from a warehouse of cells shared by a stage's layers."""
+
+from .attention import Attention
+from .layer import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from .mixing import mix
+from .partition import Partition, assign, count_cells, share_cells
+from .warehouse import Warehouses, set_temperature
+
+__all__ = [
+    "Attention",
+    "KWConv1d",
+    "KWConv2d",
+    "KWConv3d",
+    "KWLayer",
+    "KWLinear",
+    "Partition",
+    "Warehouses",
+    "assign",
+    "count_cells",
+    "mix",
+    "set_temperature",
+    "share_cells",
+]

@@ -1,0 +1,164 @@
+"""Contrasting-driven attention: from a layer's input to the coefficients of its mixtures (paper, section 3.4)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-3
+
+
+class AttentionBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm1d that can train on a batch of one.
+
+    One value has no variance to normalise by. Such a batch is normalised by the running statistics, as in
+    evaluation, and leaves them as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+class Attention(nn.Module):
+    """α = (1 − τ) · z / (Σ|z| + 1e-3) + τ · β with z = FC2(ReLU(Norm(FC1(GAP(x))))).
+
+    z holds, for each of the layer's m mixtures, one logit for each of the warehouse's n cells and one for the zero
+    cell, which takes part in the sum and is then dropped. With a non-local basis, FC2 gives logits for the layer's
+    own cells, for `num_basis` basis values and for the zero cell; FC3 expands the basis to the other layers' cells.
+
+    Args:
+        in_channels: Channels of the layer's input.
+        num_cells: n, cells of the warehouse.
+        own_cells: The range of them that belongs to this layer.
+        assignment: β as the cell that each mixture holds, None for the zero cell; its length is m.
+        reduction: Hidden width as a share of `in_channels`; at least 16.
+        norm: "batch" or "layer".
+        nonlocal_basis_ratio: Below 1, size of the basis as a share of the other layers' cells; at least 16.
+        device: Where the parameters are.
+        dtype: Their type.
+    """
+
+    assignment: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_cells: int,
+        own_cells: range,
+        assignment: Sequence[int | None],
+        reduction: float = 0.0625,
+        norm: str = "batch",
+        nonlocal_basis_ratio: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"norm must be 'batch' or 'layer', found {norm!r}")
+        kwargs = {"device": device, "dtype": dtype}
+        self.num_cells = num_cells
+        self.mixtures = len(assignment)
+        self.own_cells = own_cells
+        hidden = hidden_width(in_channels, reduction)
+        self.num_basis = basis_size(num_cells - len(own_cells), nonlocal_basis_ratio)
+        self.fc1 = nn.Linear(in_channels, hidden, bias=norm != "batch", **kwargs)
+        self.norm = (AttentionBatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
+        if self.num_basis:
+            self.fc2 = nn.Linear(hidden, (len(own_cells) + self.num_basis + 1) * self.mixtures, bias=False, **kwargs)
+            self.fc3 = nn.Linear(self.num_basis, num_cells - len(own_cells), bias=False, **kwargs)
+            self.basis_bias = nn.Parameter(torch.zeros((num_cells + 1) * self.mixtures, **kwargs))
+        else:
+            self.fc2 = nn.Linear(hidden, (num_cells + 1) * self.mixtures, **kwargs)
+        held = torch.tensor([num_cells if cell is None else cell for cell in assignment], device=device)
+        beta = F.one_hot(held, num_cells + 1)[:, :-1].to(self.fc1.weight.dtype)
+        self.register_buffer("assignment", beta, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the paper: Kaiming normal over the fan out for matrices, zero for biases."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.norm.reset_parameters()
+        if self.num_basis:
+            nn.init.zeros_(self.basis_bias)
+
+    @torch.no_grad()
+    def hold_assignment(self) -> None:
+        """Let z equal β (and 0 for the zero cell) for every input, so that α is β at any τ, up to the factor 1/1.001.
+
+        A converted network then computes what it did before, and learns from there how to depend on its input: the
+        weights that make z depend on it start at zero and receive gradients.
+        """
+        nn.init.zeros_(self.fc2.weight)
+        bias = self.basis_bias if self.num_basis else self.fc2.bias
+        bias.copy_(F.pad(self.assignment, (0, 1)).flatten())
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """h = ReLU(Norm(FC1(GAP(x)))): (B, C, *spatial) → (B, hidden)."""
+        return F.relu(self.norm(self.fc1(x.flatten(2).mean(dim=2))))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """z: (B, hidden) → (B, m, n + 1)."""
+        z = self.fc2(h)
+        if not self.num_basis:
+            return z.reshape(-1, self.mixtures, self.num_cells + 1)
+        z = z.reshape(h.shape[0], self.mixtures, -1)
+        local, basis, zero = z.split([len(self.own_cells), self.num_basis, 1], dim=2)
+        others = self.fc3(basis)
+        start = self.own_cells.start
+        z = torch.cat([others[..., :start], local, others[..., start:], zero], dim=2)
+        return z + self.basis_bias.to(z.dtype).reshape(self.mixtures, -1)
+
+    def forward(self, x: Tensor, temperature: Tensor) -> Tensor:
+        """Compute the coefficients.
+
+        Args:
+            x: The layer's input, (B, C, *spatial).
+            temperature: τ, a scalar tensor.
+
+        Returns:
+            α, (B, m, n).
+        """
+        z = self.logits(self.hidden(x))
+        # The sum has n + 1 terms and a small constant: at least fp32, whatever the type of z.
+        total = z.abs().sum(dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
+        alpha = (z[..., :-1] / (total + EPSILON)).to(z.dtype)
+        temperature = temperature.to(z.dtype)
+        return (1 - temperature) * alpha + temperature * self.assignment.to(z.dtype)
+
+    def extra_repr(self) -> str:
+        basis = f", basis={self.num_basis}" if self.num_basis else ""
+        return f"mixtures={self.mixtures}, cells={self.num_cells}, own={self.own_cells}{basis}"
+
+
+def hidden_width(in_channels: int, reduction: float) -> int:
+    """Width of the attention's hidden layer."""
+    return max(int(in_channels * reduction), 16)
+
+
+def basis_size(nonlocal_cells: int, ratio: float) -> int:
+    """Number of basis values for the cells of other layers; 0 where each of them has a logit of its own."""
+    return max(int(nonlocal_cells * ratio), 16) if ratio < 1 and nonlocal_cells > 0 else 0
+
+
+def parameter_count(
+    in_channels: int, num_cells: int, own_cells: int, mixtures: int, reduction: float, norm: str, basis_ratio: float
+) -> int:
+    """Parameters of an `Attention` of these arguments, without building it."""
+    hidden = hidden_width(in_channels, reduction)
+    basis = basis_size(num_cells - own_cells, basis_ratio)
+    count = in_channels * hidden + (2 if norm == "batch" else 3) * hidden
+    if basis:
+        return (
+            count
+            + (own_cells + basis + 1) * mixtures * hidden
+            + basis * (num_cells - own_cells)
+            + (num_cells + 1) * mixtures
+        )
+    return count + (num_cells + 1) * mixtures * (hidden + 1)

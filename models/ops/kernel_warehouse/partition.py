@@ -1,0 +1,96 @@
+"""Kernel partition and assignment: the arithmetic of cells and mixtures, without tensors (paper, sections 3.1, 3.3).
+
+A kernel (Cout, Cin/groups, *k) is cut into m equal cells. Its mixtures are numbered row-major over (spatial position,
+block of output channels, block of input channels).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One kernel cut into cells.
+
+    Attributes:
+        kernel: (Cout, Cin/groups, *k).
+        cell: (cout, cin, *c), which divides `kernel` entry by entry.
+    """
+
+    kernel: tuple[int, ...]
+    cell: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.kernel) != len(self.cell) or len(self.kernel) < 3:
+            raise ValueError(f"kernel {self.kernel} and cell {self.cell} must have the same number of dimensions, ≥ 3")
+        if min(self.kernel) < 1 or min(self.cell) < 1:
+            raise ValueError(f"kernel {self.kernel} and cell {self.cell} must have positive sizes")
+        if any(k % c for k, c in zip(self.kernel, self.cell, strict=True)):
+            raise ValueError(f"cells {self.cell} do not divide the kernel {self.kernel}")
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Cells along (*k, Cout, Cin/groups): the order in which mixtures are numbered."""
+        counts = [k // c for k, c in zip(self.kernel, self.cell, strict=True)]
+        return (*counts[2:], counts[0], counts[1])
+
+    @property
+    def mixtures(self) -> int:
+        """Number m of cells in the kernel."""
+        return math.prod(self.grid)
+
+
+def share_cells(mixtures: Sequence[int], num_cells: int) -> list[int]:
+    """Divide a warehouse's cells among its layers, in proportion to their mixtures.
+
+    Every layer receives at least one cell: without one, its kernel would be zero at temperature 1 and no signal
+    would pass. Beyond that, shares are rounded so that they differ least from m_i · n / Σ m.
+
+    Args:
+        mixtures: m of each layer, in the order of the network.
+        num_cells: n, the cells of the warehouse.
+
+    Returns:
+        Number of cells of each layer; they add up to n.
+
+    Raises:
+        ValueError: Fewer cells than layers.
+    """
+    if num_cells < len(mixtures):
+        raise ValueError(f"{num_cells} cells cannot be shared by {len(mixtures)} layers")
+    total = sum(mixtures)
+    shares = [max(1, m * num_cells // total) for m in mixtures]
+    # Integers instead of quotas, so that no rounding decides: surplus_i = (share_i − m_i · n / Σ m) · Σ m.
+    while (missing := num_cells - sum(shares)) != 0:
+        step = 1 if missing > 0 else -1
+        open_layers = [i for i, s in enumerate(shares) if step > 0 or s > 1]
+        chosen = min(open_layers, key=lambda i: (step * (shares[i] * total - mixtures[i] * num_cells), i))
+        shares[chosen] += step
+    return shares
+
+
+def assign(mixtures: int, num_cells: int, start: int) -> list[int | None]:
+    """The assignment β of one layer: the cell that each mixture holds at temperature 1, None for the zero cell.
+
+    With at least as many cells as mixtures, mixture i holds cell start + ⌊i · cells / m⌋. With fewer, the mixtures are
+    cut into as many blocks of nearly equal length as there are cells, and cell j goes to place j mod length of
+    block j: a diagonal, so that cells spread over the blocks of channels instead of falling on the same one.
+
+    Args:
+        mixtures: m of the layer.
+        num_cells: Cells that belong to the layer.
+        start: The warehouse's index of the first of them.
+    """
+    if num_cells >= mixtures:
+        return [start + i * num_cells // mixtures for i in range(mixtures)]
+    holders: list[int | None] = [None] * mixtures
+    bounds = [-(-j * mixtures // num_cells) for j in range(num_cells + 1)]
+    for j in range(num_cells):
+        holders[bounds[j] + j % (bounds[j + 1] - bounds[j])] = start + j
+    return holders
+
+
+def count_cells(total_mixtures: int, ratio: float) -> int:
+    """n = max(⌊Σ m · b⌋, 1), where a product that misses a whole number by rounding alone counts as that number."""
+    return max(math.floor(total_mixtures * ratio + 1e-9), 1)

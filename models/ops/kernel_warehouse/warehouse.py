@@ -1,0 +1,83 @@
+"""The shared cells of a network and its temperature."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Warehouses(nn.Module):
+    """Owns every cell of a network, and the one temperature τ of all its attentions.
+
+    It is a child of the network's root; layers refer to it without registering it, so that each parameter appears
+    once in a state dict. Called on a tensor it returns it, so that an `nn.Sequential` may own it.
+
+    Attributes:
+        temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.
+
+    Args:
+        shapes: Shape (n, cout, cin, *c) of each warehouse by name; the order is kept.
+        device: Where the cells are.
+        dtype: Their type.
+
+    Raises:
+        ValueError: A name that a module cannot have, or a shape without elements.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.names = tuple(shapes)
+        for name, shape in shapes.items():
+            if not name.isidentifier() or hasattr(self, name) or name == "temperature":
+                raise ValueError(f"warehouse {name!r}: not a usable name; take letters, digits and underscores")
+            if len(shape) < 4 or min(shape) < 1:
+                raise ValueError(f"warehouse {name!r}: cells need a shape (n, cout, cin, *c), found {tuple(shape)}")
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype)))
+        self.register_buffer("temperature", torch.zeros((), device=device, dtype=dtype), persistent=False)
+
+    def cells(self, name: str) -> nn.Parameter:
+        """The cells (n, cout, cin, *c) of a warehouse."""
+        return self.get_parameter(name)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Drop the cells of all warehouses but these."""
+        for name in self.names:
+            if name not in names:
+                delattr(self, name)
+        self.names = tuple(name for name in self.names if name in names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Warehouses":
+        """Hide the cells' rank from `fn`: ``to(memory_format=channels_last)`` would take them for images."""
+        return super()._apply(lambda t: fn(t.flatten(1)).reshape(t.shape) if t.ndim > 2 else fn(t), recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x unchanged."""
+        return x
+
+    def extra_repr(self) -> str:
+        return "\n".join(f"{name}: {tuple(self.cells(name).shape)}" for name in self.names)
+
+
+@torch.no_grad()
+def set_temperature(model: nn.Module, value: float) -> None:
+    """Set τ of every converted network inside `model`; a static network has none and is left as it is.
+
+    Args:
+        model: A network, or a module that contains one (DDP, an EMA copy).
+        value: Between 0 (trained) and 1 (start of training).
+
+    Raises:
+        ValueError: A value outside [0, 1].
+    """
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"the temperature must be between 0 and 1, found {value}")
+    for module in model.modules():
+        if isinstance(module, Warehouses):
+            module.temperature.fill_(value)
