@@ -6,7 +6,7 @@ warehouses. Everything architecture-specific about the conversion stands in this
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torchvision
@@ -26,7 +26,7 @@ class Family:
     Attributes:
         name: Its name.
         matches: Whether a network belongs to it.
-        label: Names of convolutions and linear layers → (name, label) in order of construction.
+        label: Convolutions and linear layers by name → (name, label) in order of construction.
         sharing_range: Parts of labels whose numbers are dropped unless the configuration says otherwise.
         static: First parts of labels of layers that stay static unless `include` names them.
         norm: Normalisation in the attention, "batch" or "layer".
@@ -37,7 +37,7 @@ class Family:
 
     name: str
     matches: Callable[[nn.Module], bool]
-    label: Callable[[Iterable[str]], Labels]
+    label: Callable[[Mapping[str, nn.Module]], Labels]
     sharing_range: tuple[str, ...]
     static: tuple[str, ...]
     norm: str
@@ -51,13 +51,15 @@ def find_family(net: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.matches(net)), None)
 
 
-def label_resnet(names: Iterable[str]) -> Labels:
-    """A block that changes the stage's shape hands over: its first convolution and its downsample belong to the
-    stage before, whose features they read. Before the first stage there is only the static stem.
+def label_resnet(layers: Mapping[str, nn.Module]) -> Labels:
+    """Label a ResNet of timm or torchvision.
+
+    A block that changes the stage's shape hands over: its first convolution and its downsample belong to the stage
+    before, whose features they read. Before the first stage there is only the static stem. Grouped convolutions
+    (ResNeXt) share among themselves, since their few input channels would cut all other kernels small.
     """
-    names = list(names)
     found = {
-        name: m for name in names if (m := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:conv(\d+)|downsample\.\d+)", name))
+        name: m for name in layers if (m := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:conv(\d+)|downsample\.\d+)", name))
     }
     depth: dict[int, int] = {}
     handing_over = set()
@@ -66,7 +68,7 @@ def label_resnet(names: Iterable[str]) -> Labels:
         depth[stage] = max(depth.get(stage, 0), block + 1)
         if m[3] is None:
             handing_over.add((stage, block))
-    labels: Labels = [(name, "stem") for name in names if re.fullmatch(r"conv1(\.\d+)*", name)]
+    labels: Labels = [(name, "stem") for name in layers if re.fullmatch(r"conv1(\.\d+)*", name)]
     # A downsample is constructed before its block.
     for name, m in sorted(found.items(), key=lambda item: (int(item[1][1]), int(item[1][2]), int(item[1][3] or 0))):
         stage, block, conv = int(m[1]), int(m[2]), int(m[3] or 0)
@@ -74,21 +76,24 @@ def label_resnet(names: Iterable[str]) -> Labels:
             before = f"stage{stage - 2}_layer{depth.get(stage - 1, 0)}" if stage - 1 in depth else f"stem_layer{block}"
             labels.append((name, f"{before}_conv{conv}"))
         else:
-            labels.append((name, f"stage{stage - 1}_layer{block}_conv{conv}"))
-    return labels + [(name, "head") for name in names if name == "fc"]
+            role = "conv" if layers[name].groups == 1 else "gconv"
+            labels.append((name, f"stage{stage - 1}_layer{block}_{role}{conv}"))
+    return labels + [(name, "head") for name in layers if name == "fc"]
 
 
 # The warehouse stage of each of MobileNetV2's seven settings.
 _MOBILENETV2_STAGES = (1, 2, 3, 4, 5, 6, 6)
 
 
-def label_mobilenetv2(names: Iterable[str]) -> Labels:
-    """Every layer is converted but the classifier. Where the warehouse stage changes, the first block still belongs
-    to the stage before. Expansion (pwconv0), depthwise (dwconv0) and projection (pwconv1) are roles of their own;
+def label_mobilenetv2(layers: Mapping[str, nn.Module]) -> Labels:
+    """Label a MobileNetV2 of timm.
+
+    Every layer is converted but the classifier. Where the warehouse stage changes, the first block still belongs to
+    the stage before. Expansion (pwconv0), depthwise (dwconv0) and projection (pwconv1) are roles of their own;
     the last 1×1 convolution counts as a projection.
     """
     labels: Labels = []
-    for name in names:
+    for name in layers:
         if name == "conv_stem":
             labels.append((name, "stage0_conv0"))
         elif m := re.fullmatch(r"blocks\.(\d)\.(\d+)\.conv_(pw|dw|pwl)", name):
@@ -104,37 +109,39 @@ def label_mobilenetv2(names: Iterable[str]) -> Labels:
     return labels
 
 
-def label_convnext(names: Iterable[str]) -> Labels:
-    """Stem and downsampling layers have warehouses of their own; in a stage, the depthwise layers share one and the
+def label_convnext(layers: Mapping[str, nn.Module]) -> Labels:
+    """Label a ConvNeXt of timm.
+
+    Stem and downsampling layers have warehouses of their own; in a stage, the depthwise layers share one and the
     pointwise layers another.
     """
-    names = list(names)
-    labels: Labels = [(name, "downsample0_conv0") for name in names if name == "stem.0"]
-    labels += [(n, f"downsample{m[1]}_conv0") for n in names if (m := re.fullmatch(r"stages\.(\d+)\.downsample\.1", n))]
+    labels: Labels = [(name, "downsample0_conv0") for name in layers if name == "stem.0"]
+    labels += [
+        (n, f"downsample{m[1]}_conv0") for n in layers if (m := re.fullmatch(r"stages\.(\d+)\.downsample\.1", n))
+    ]
     roles = {"conv_dw": "dwconv0", "mlp.fc1": "pwconv0", "mlp.fc2": "pwconv1"}
-    for name in names:
+    for name in layers:
         if m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|mlp\.fc1|mlp\.fc2)", name):
             labels.append((name, f"stage{m[1]}_layer{m[2]}_{roles[m[3]]}"))
-    return labels + [(name, "head") for name in names if name == "head.fc"]
+    return labels + [(name, "head") for name in layers if name == "head.fc"]
 
 
-def label_vit(names: Iterable[str]) -> Labels:
-    """Our own choice: upstream published DeiT's accuracy, but no table of its layers.
+def label_vit(layers: Mapping[str, nn.Module]) -> Labels:
+    """Label a vision transformer of timm, by our own choice: upstream published accuracies but no table.
 
     The blocks are cut into four equal groups, the stages that the other families have: one warehouse for all twelve
     would make mixing dearer than the network (its cost grows with the square of the layers that share). In a group
     the attention's two layers (qkv, proj) share, and the two of the MLP (fc1, fc2), whose kernels differ in kind;
     ConvNeXt's table likewise keeps its two kinds apart and joins fc1 and fc2.
     """
-    names = list(names)
     roles = {"attn.qkv": "attn0", "attn.proj": "attn1", "mlp.fc1": "mlp0", "mlp.fc2": "mlp1"}
-    found = {name: m for name in names if (m := re.fullmatch(r"blocks\.(\d+)\.(attn\.\w+|mlp\.fc\d)", name))}
+    found = {name: m for name in layers if (m := re.fullmatch(r"blocks\.(\d+)\.(attn\.\w+|mlp\.fc\d)", name))}
     depth = max((int(m[1]) + 1 for m in found.values()), default=0)
-    labels: Labels = [(name, "stem") for name in names if name == "patch_embed.proj"]
+    labels: Labels = [(name, "stem") for name in layers if name == "patch_embed.proj"]
     for name, m in found.items():
         if m[2] in roles:
             labels.append((name, f"stage{int(m[1]) * 4 // depth}_layer{m[1]}_{roles[m[2]]}"))
-    return labels + [(name, "head") for name in names if name in ("head", "head_dist")]
+    return labels + [(name, "head") for name in layers if name in ("head", "head_dist")]
 
 
 def _is_mobilenetv2(net: nn.Module) -> bool:

@@ -73,9 +73,9 @@ def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True)
         net: The network that the plan was made for.
         plan: From `plan_conversion`.
         keep_weights: Put the static kernels into the assigned cells and let the attention hold the assignment, so
-            that with b ≥ 1 the network computes at any temperature what it did before (to a relative 1e-3 per
-            layer) and can be fine-tuned; with b < 1 the assigned part of each kernel is kept. False initialises as
-            the paper, for training from scratch.
+            that with b ≥ 1 the network computes what it did before (to a relative 1e-3 per layer at temperatures
+            above 0) and can be fine-tuned; with b < 1 the assigned part of each kernel is kept. False initialises
+            as the paper, for training from scratch.
 
     Returns:
         `net`, at temperature 0; `set_temperature` changes that.

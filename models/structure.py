@@ -1,12 +1,14 @@
 """Warehouses for a network without a table: layers of one resolution and one kind share.
 
 A layer is judged by the features that it reads, as the paper's tables do: a strided convolution belongs with the
-layers before it. Layers share only where their channels nest (the smaller divide the larger): cells then are as large
-as the smallest kernel, and the number of mixtures, whose square the cost of mixing grows with, stays small.
+layers before it. Layers share only where their channels nest (the smaller divide the larger), so that cells are as
+large as the smallest kernel, and while their mixtures are few beside the size of a cell: the parameters of attention
+grow with the square of the mixtures that share.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ def label_by_structure(net: nn.Module, layers: Mapping[str, nn.Module], example_
     shapes = _input_shapes(net, layers, _example(net, layers) if example_input is None else example_input)
     first = next(iter(shapes), None)
     labels: Labels = []
-    groups: dict[str, list[tuple[str, int, int]]] = {}
+    groups: dict[str, list[_Group]] = {}
     for name, shape in shapes.items():
         layer = layers[name]
         linear = isinstance(layer, nn.Linear)
@@ -43,7 +45,7 @@ def label_by_structure(net: nn.Module, layers: Mapping[str, nn.Module], example_
         if name == first or math.prod(positions) <= 1:
             continue
         key = f"r{'x'.join(map(str, positions))}_{_kind(layer)}"
-        labels.append((name, _join(groups.setdefault(key, []), key, *layer.weight.shape[:2])))
+        labels.append((name, _join(groups.setdefault(key, []), key, tuple(layer.weight.shape))))
     if not labels:
         raise ValueError("no layer of the network reads more than one position; choose layers with `include`")
     return labels
@@ -57,15 +59,30 @@ def _kind(layer: nn.Module) -> str:
     return "dwconv" if layer.groups == layer.in_channels else "gconv"
 
 
-def _join(groups: list[tuple[str, int, int]], key: str, cout: int, cin: int) -> str:
-    """Return the first group in which the channels nest, or a new one; groups hold (name, cout, cin) of a cell."""
-    for i, (name, group_out, group_in) in enumerate(groups):
-        both = math.gcd(cout, group_out), math.gcd(cin, group_in)
-        if both == (min(cout, group_out), min(cin, group_in)):
-            groups[i] = (name, *both)
-            return name
+@dataclass
+class _Group:
+    """Layers that share: the channels of a cell, and the elements of all kernels."""
+
+    name: str
+    cout: int
+    cin: int
+    elements: int
+
+
+def _join(groups: list[_Group], key: str, kernel: tuple[int, ...]) -> str:
+    """Return the name of the first group that the kernel fits into, or of a new one."""
+    cout, cin = kernel[:2]
+    elements = math.prod(kernel)
+    for group in groups:
+        cell = math.gcd(cout, group.cout), math.gcd(cin, group.cin)
+        nested = cell == (min(cout, group.cout), min(cin, group.cin))
+        mixtures = (group.elements + elements) // math.prod(cell)
+        if nested and mixtures <= max(64, math.prod(cell) // 16):
+            group.cout, group.cin = cell
+            group.elements += elements
+            return group.name
     name = key if not groups else f"{key}_{len(groups) + 1}"
-    groups.append((name, cout, cin))
+    groups.append(_Group(name, cout, cin, elements))
     return name
 
 

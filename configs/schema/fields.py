@@ -147,9 +147,7 @@ def _coerce(value: Any, hint: Any) -> Any:
         pass
     elif hint is float:
         return float(value)
-    elif hint is int and not isinstance(value, float):
-        return int(value)
-    elif hint is int and value.is_integer():
+    elif hint is int and not (isinstance(value, float) and not value.is_integer()):
         return int(value)
     raise ValueError(value)
 

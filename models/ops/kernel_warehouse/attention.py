@@ -17,6 +17,7 @@ class AttentionBatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, hidden) → (B, hidden)."""
         if self.training and x.shape[0] == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)
@@ -90,10 +91,10 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def hold_assignment(self) -> None:
-        """Let z equal β (and 0 for the zero cell) for every input, so that α is β at any τ, up to the factor 1/1.001.
+        """Let z equal β, and 0 for the zero cell, whatever the input, so that α at τ = 0 is β / (1 + 1e-3).
 
-        A converted network then computes what it did before, and learns from there how to depend on its input: the
-        weights that make z depend on it start at zero and receive gradients.
+        From there the layer learns how to depend on its input: the weights that make z depend on it start at zero
+        and receive gradients.
         """
         nn.init.zeros_(self.fc2.weight)
         bias = self.basis_bias if self.num_basis else self.fc2.bias
@@ -133,6 +134,7 @@ class Attention(nn.Module):
         return (1 - temperature) * alpha + temperature * self.assignment.to(z.dtype)
 
     def extra_repr(self) -> str:
+        """Describe the module in `print`."""
         basis = f", basis={self.num_basis}" if self.num_basis else ""
         return f"mixtures={self.mixtures}, cells={self.num_cells}, own={self.own_cells}{basis}"
 

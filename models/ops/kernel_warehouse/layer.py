@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..dynamic_conv import Geometry, dynamic_conv_from_geometry
 from ..dynamic_conv.geometry import Padding
-from .attention import Attention
+from .attention import EPSILON, Attention
 from .mixing import cut, mix
 from .partition import Partition, assign
 from .warehouse import Warehouses
@@ -81,6 +81,13 @@ class KWLayer(nn.Module):
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         return mix(self.attention(x, self.warehouses.temperature), self.cells, self.partition)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for any "
+            "batch size, and torch.export and torch.onnx.export work too"
+        )
+
     def static_kernel(self) -> Tensor:
         """The kernel (Cout, Cin/groups, *k) made of the assigned cells: the layer's own at temperature 1."""
         return mix(self.attention.assignment[None], self.cells, self.partition)[0]
@@ -99,21 +106,22 @@ class KWLayer(nn.Module):
     def hold(self, kernel: Tensor, bias: Tensor | None) -> None:
         """Take over a static kernel (Cout, Cin/groups, *k) and its bias.
 
-        The assigned cells receive the kernel's parts, and the attention holds the assignment (see
-        `Attention.hold_assignment`). With fewer own cells than mixtures only the assigned parts are kept.
+        The assigned cells receive the kernel's parts, and the attention holds the assignment, so that the layer
+        computes at τ = 0 what the static one did. With fewer own cells than mixtures only the assigned parts are kept.
         """
         parts = cut(kernel.reshape(self.partition.kernel), self.partition)
         mixture, cell = self.attention.assignment.nonzero(as_tuple=True)
-        self.cells[cell] = parts[mixture].to(self.cells)
+        self.cells[cell] = (parts[mixture] * (1 + EPSILON)).to(self.cells)
         self.attention.hold_assignment()
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
     def extra_repr(self) -> str:
+        """Describe the module in `print`."""
         return f"kernel={self.partition.kernel}, cell={self.partition.cell}, warehouse={self.warehouse}"
 
 
-class _KWConv(KWLayer):
+class KWConvNd(KWLayer):
     """y[b] = conv(x[b], W[b]) + bias with W[b] mixed from the warehouse for the sample b.
 
     The arguments up to `padding_mode` are those of torch's convolution of the same number of dimensions, the others
@@ -163,21 +171,25 @@ class _KWConv(KWLayer):
         return dynamic_conv_from_geometry(x, self.kernels(x), self.bias, self.geometry)
 
     def extra_repr(self) -> str:
+        """Describe the module in `print`."""
         return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
 
 
-class KWConv1d(_KWConv):
-    __doc__ = _KWConv.__doc__
+class KWConv1d(KWConvNd):
+    """The 1-D form of `KWConvNd`."""
+
     dims = 1
 
 
-class KWConv2d(_KWConv):
-    __doc__ = _KWConv.__doc__
+class KWConv2d(KWConvNd):
+    """The 2-D form of `KWConvNd`."""
+
     dims = 2
 
 
-class KWConv3d(_KWConv):
-    __doc__ = _KWConv.__doc__
+class KWConv3d(KWConvNd):
+    """The 3-D form of `KWConvNd`."""
+
     dims = 3
 
 

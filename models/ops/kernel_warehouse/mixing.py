@@ -24,23 +24,6 @@ def mix(attention: Tensor, cells: Tensor, partition: Partition) -> Tensor:
     return _assemble(mixtures.reshape(batch, *partition.grid, *partition.cell), partition)
 
 
-def naive_mix(attention: Tensor, cells: Tensor, partition: Partition) -> Tensor:
-    """`mix` by loops over samples, mixtures and cells, writing each mixture into its place."""
-    batch, _, num_cells = attention.shape
-    cout, cin, *c = partition.cell
-    kernels = []
-    for b in range(batch):
-        kernel = attention.new_zeros(partition.kernel)
-        places = itertools.product(*(range(count) for count in partition.grid))
-        for i, (*position, block_out, block_in) in enumerate(places):
-            mixture = sum(attention[b, i, j] * cells[j].to(attention.dtype) for j in range(num_cells))
-            window = tuple(slice(p * size, (p + 1) * size) for p, size in zip(position, c, strict=True))
-            channels = (slice(block_out * cout, (block_out + 1) * cout), slice(block_in * cin, (block_in + 1) * cin))
-            kernel[(*channels, *window)] = mixture
-        kernels.append(kernel)
-    return torch.stack(kernels)
-
-
 def cut(kernel: Tensor, partition: Partition) -> Tensor:
     """The inverse of assembling: a kernel (Cout, Cin/groups, *k) as its mixtures (m, *cell)."""
     dims = len(partition.cell) - 2

@@ -62,6 +62,7 @@ class Warehouses(nn.Module):
         return x
 
     def extra_repr(self) -> str:
+        """Describe the module in `print`."""
         return "\n".join(f"{name}: {tuple(self.cells(name).shape)}" for name in self.names)
 
 

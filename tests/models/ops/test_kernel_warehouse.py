@@ -1,0 +1,297 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
+from kernelwarehouse.models.ops.kernel_warehouse import (
+    Attention,
+    KWConv1d,
+    KWConv2d,
+    KWConv3d,
+    KWLinear,
+    Warehouses,
+    assign,
+    mix,
+    set_temperature,
+)
+from kernelwarehouse.models.ops.kernel_warehouse.mixing import cut
+from kernelwarehouse.models.ops.kernel_warehouse.naive import naive_attention, naive_mix
+
+from .parity import assert_parity
+
+# name: (class, input shape, module arguments, cells (n, *cell), own cells, attention arguments)
+LAYERS = {
+    "conv2d": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"padding": 1}, (40, 2, 3, 1, 1), (4, 40), {}),
+    "conv2d-half-budget": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"stride": 2}, (20, 2, 3, 1, 1), (2, 20), {}),
+    "conv2d-layer-norm": (KWConv2d, (2, 6, 5, 5), (6, 4, 1), {}, (5, 2, 3, 1, 1), (0, 4), {"norm": "layer"}),
+    "conv2d-nonlocal": (
+        KWConv2d,
+        (3, 4, 5, 7),
+        (4, 4, (3, 1)),
+        {"padding": (1, 0), "bias": False},
+        (30, 2, 2, 1, 1),
+        (7, 19),
+        {"nonlocal_basis_ratio": 0.25},
+    ),
+    "depthwise": (KWConv2d, (2, 6, 6, 5), (6, 6, 3), {"groups": 6, "padding": "same"}, (9, 6, 1, 1, 1), (0, 9), {}),
+    "whole-kernel-cells": (KWConv2d, (2, 4, 6, 5), (4, 4, 3), {"padding": 1}, (6, 2, 2, 3, 3), (2, 6), {}),
+    "conv1d-circular": (
+        KWConv1d,
+        (3, 4, 9),
+        (4, 6, 5),
+        {"padding": 2, "padding_mode": "circular"},
+        (16, 3, 4, 1),
+        (3, 13),
+        {},
+    ),
+    "conv3d": (KWConv3d, (2, 2, 4, 5, 3), (2, 4, 2), {"dilation": 2}, (17, 2, 2, 1, 1, 1), (0, 16), {}),
+    "linear-tokens": (KWLinear, (3, 7, 6), (6, 8), {}, (9, 4, 3, 1), (1, 5), {"norm": "layer"}),
+    "linear-map": (KWLinear, (2, 3, 5, 6), (6, 4), {}, (8, 2, 3, 1, 1), (0, 8), {}),
+    "linear-vector": (KWLinear, (4, 6), (6, 4), {}, (8, 2, 3, 1), (0, 8), {}),
+}
+
+
+def make(case, dtype=torch.float64):
+    cls, shape, args, kwargs, cells, (start, stop), attention = LAYERS[case]
+    torch.manual_seed(1)
+    warehouses = Warehouses({"w": cells}, dtype=dtype)
+    layer = cls(*args, **kwargs, warehouses=warehouses, warehouse="w", own_cells=range(start, stop), **attention)
+    with torch.no_grad():
+        for p in [*layer.parameters(), *warehouses.parameters()]:
+            p.copy_(torch.randn_like(p))
+    return layer, warehouses, torch.randn(shape, dtype=dtype)
+
+
+def naive_forward(layer, x, temperature):
+    features = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) if isinstance(layer, KWLinear) else x
+    kernels = naive_mix(naive_attention(layer.attention, features, temperature), layer.cells, layer.partition)
+    if isinstance(layer, KWLinear):
+        return torch.stack([s @ k.flatten(1).T + layer.bias for s, k in zip(x, kernels, strict=True)])
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    return dynamic_conv(x, kernels, layer.bias, *arguments, implementation="naive")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", LAYERS)
+def test_parity_with_naive(case, training, temperature):
+    layer, warehouses, x = make(case)
+    layer.train(training)
+    set_temperature(warehouses, temperature)
+    x.requires_grad_()
+    assert_parity(
+        lambda: layer(x),
+        lambda: naive_forward(layer, x, temperature),
+        {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())},
+        tolerance=1e-10,
+    )
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_cut_undoes_mixing(case):
+    layer, _, _ = make(case)
+    m, n = layer.partition.mixtures, layer.cells.shape[0]
+    attention = torch.randn(1, m, n, dtype=torch.float64)
+    expected = (attention[0] @ layer.cells.flatten(1)).reshape(m, *layer.partition.cell)
+    torch.testing.assert_close(cut(mix(attention, layer.cells, layer.partition)[0], layer.partition), expected)
+
+
+def test_attention_by_hand():
+    """One mixture, two cells, z = (3, -1, 1): Σ|z| = 5."""
+    attention = Attention(1, 2, range(2), assign(1, 2, 0), norm="layer").double()
+    nn.init.zeros_(attention.fc2.weight)
+    attention.fc2.bias.data = torch.tensor([3.0, -1.0, 1.0]).double()
+    x = torch.randn(4, 1, 5).double()
+    pure = torch.tensor([3.0, -1.0]).double() / 5.001
+    torch.testing.assert_close(attention(x, torch.tensor(0.0)), pure.expand(4, 1, 2))
+    mixed = 0.75 * pure + 0.25 * torch.tensor([1.0, 0.0]).double()
+    torch.testing.assert_close(attention(x, torch.tensor(0.25)), mixed.expand(4, 1, 2))
+
+
+def test_temperature_one_is_the_assigned_kernel_for_every_sample():
+    layer, warehouses, x = make("conv2d")
+    set_temperature(warehouses, 1.0)
+    kernels = layer.kernels(x)
+    expected = layer.static_kernel()
+    for kernel in kernels:
+        torch.testing.assert_close(kernel, expected)
+    for i, cell in enumerate(assign(layer.partition.mixtures, 36, 4)):
+        torch.testing.assert_close(cut(expected, layer.partition)[i], warehouses.w[cell])
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_initialisation(case):
+    layer, warehouses, _ = make(case)
+    warehouses.w.data.fill_(7.0)
+    layer.reset_parameters()
+    own = layer.attention.own_cells
+    others = [i for i in range(len(warehouses.w)) if i not in own]
+    assert (warehouses.w[others] == 7).all()
+    fan_out = len(own) * warehouses.w.shape[1] * warehouses.w[0, 0, 0].numel()
+    assert warehouses.w[own.start : own.stop].std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.5)
+    for name, p in layer.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+
+
+class TestBatches:
+    def test_batch_of_one_trains_by_running_statistics(self):
+        layer, warehouses, x = make("conv2d")
+        layer.attention.norm.running_mean.normal_()
+        before = copy.deepcopy(layer.attention.norm.state_dict())
+        y = layer.train()(x[:1])
+        torch.testing.assert_close(y, layer.eval()(x[:1]))
+        for name, value in layer.attention.norm.state_dict().items():
+            torch.testing.assert_close(value, before[name])
+        layer.train()(x[:1]).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        assert warehouses.w.grad.abs().sum() > 0
+
+    def test_larger_batches_are_ordinary_batch_norm(self):
+        layer, _, x = make("conv2d")
+        plain = nn.BatchNorm1d(16).double()
+        plain.load_state_dict(layer.attention.norm.state_dict())
+        h = torch.randn(5, 16).double()
+        torch.testing.assert_close(layer.attention.norm(h), plain(h))
+        torch.testing.assert_close(layer.attention.norm.running_var, plain.running_var)
+
+    @pytest.mark.parametrize("case", ["conv2d", "linear-tokens", "conv3d"])
+    def test_empty_batch_and_wrong_channels(self, case):
+        layer, _, x = make(case)
+        with pytest.raises(ValueError, match="B ≥ 1"):
+            layer(x[:0])
+        with pytest.raises(ValueError, match="expected an input"):
+            layer(torch.cat([x, x], dim=-1 if case.startswith("linear") else 1))
+
+    def test_samples_do_not_influence_each_other_in_evaluation(self):
+        layer, _, x = make("conv2d")
+        layer.eval()
+        torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]))
+
+
+class TestTypes:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens", "depthwise"])
+    def test_whole_module_cast(self, case, dtype):
+        layer, warehouses, x = make(case, torch.float32)
+        layer.eval()
+        expected = layer(x).detach()
+        warehouses.to(dtype)
+        y = layer.to(dtype)(x.to(dtype))
+        assert y.dtype == dtype
+        tolerance = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-5}[dtype]
+        assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens"])
+    def test_autocast(self, case, dtype):
+        layer, warehouses, x = make(case, torch.float32)
+        expected = layer(x).detach()
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        assert (y.float() - expected).norm() <= 0.1 * expected.norm()
+        y.float().square().mean().backward()
+        for p in [*layer.parameters(), warehouses.w]:
+            assert p.grad.dtype == torch.float32
+            assert p.grad.isfinite().all()
+
+    def test_sum_of_logits_does_not_overflow_half(self):
+        """Σ|z| over 3,000 logits of 50 is beyond float16's range of 65,504."""
+        attention = Attention(4, 3000, range(8), assign(8, 8, 0), norm="layer").half()
+        nn.init.zeros_(attention.fc2.weight)
+        nn.init.constant_(attention.fc2.bias, 50.0)
+        alpha = attention(torch.randn(2, 4, 3).half(), torch.tensor(0.0))
+        assert alpha.dtype == torch.float16
+        torch.testing.assert_close(alpha.float(), torch.full_like(alpha.float(), 1 / 3001), rtol=1e-2, atol=1e-6)
+
+
+class TestState:
+    def network(self):
+        warehouses = Warehouses({"a": (18, 4, 4, 1, 1)})
+        share = {"warehouses": warehouses, "warehouse": "a"}
+        net = nn.Sequential(
+            KWConv2d(4, 4, 3, padding=1, own_cells=range(9), **share),
+            nn.ReLU(),
+            KWConv2d(4, 4, 3, padding=1, own_cells=range(9, 18), **share),
+        )
+        for layer in (net[0], net[2]):
+            layer.reset_parameters()
+        net.add_module("warehouses", warehouses)
+        return net.eval()
+
+    def test_cells_appear_once_and_are_one_storage(self):
+        net = self.network()
+        assert [k for k in net.state_dict() if "warehouses" in k] == ["warehouses.a"]
+        assert net[0].cells.data_ptr() == net[2].cells.data_ptr() == net.warehouses.a.data_ptr()
+        assert not any("temperature" in k or "assignment" in k for k in net.state_dict())
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+    def test_copies_are_whole_and_independent(self, clone):
+        net, x = self.network(), torch.randn(2, 4, 5, 5)
+        twin = clone(net)
+        torch.testing.assert_close(twin(x), net(x))
+        assert twin[0].warehouses is twin[2].warehouses is twin.warehouses
+        set_temperature(twin, 1.0)
+        twin.warehouses.a.data.zero_()
+        assert twin(x).abs().max() == 0
+        assert net(x).abs().max() > 0
+        assert net.warehouses.temperature == 0
+
+    def test_in_place_changes_and_loading_are_seen(self):
+        net, x = self.network(), torch.randn(2, 4, 5, 5)
+        state = copy.deepcopy(net.state_dict())
+        before = net(x)
+        with torch.no_grad():
+            net.warehouses.a.mul_(2.0)
+        assert not torch.allclose(net(x), before)
+        net.load_state_dict(state)
+        torch.testing.assert_close(net(x), before)
+
+    def test_moving_and_channels_last(self):
+        net, x = self.network(), torch.randn(2, 4, 5, 5)
+        before = net(x)
+        net.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), before)
+        assert net.warehouses.a.is_contiguous()
+        net.to("meta")
+        assert {t.device.type for t in [*net.parameters(), *net.buffers()]} == {"meta"}
+
+    def test_compiled_without_break_or_recompilation_while_the_temperature_moves(self):
+        from torch._dynamo.utils import counters
+
+        net, x = self.network(), torch.randn(2, 4, 5, 5)
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        outputs = []
+        for temperature in (1.0, 0.6, 0.3, 0.0):
+            set_temperature(net, temperature)
+            outputs.append(compiled(x))
+            torch.testing.assert_close(outputs[-1], net(x))
+        assert not torch.allclose(outputs[0], outputs[-1])
+        assert counters["stats"]["unique_graphs"] == 1
+
+    def test_wrong_arguments(self):
+        warehouses = Warehouses({"a": (18, 4, 4, 1, 1)})
+        share = {"warehouses": warehouses, "warehouse": "a", "own_cells": range(9)}
+        for args, change, message in (
+            ((4, 4, 3), {"warehouse": "b"}, "no warehouse 'b'"),
+            ((4, 4, 3), {"own_cells": range(10, 19)}, "not among the 18 cells"),
+            ((4, 4, 3), {"norm": "group"}, "'batch' or 'layer'"),
+            ((4, 6, 3), {}, "do not divide"),
+            ((0, 4, 3), {}, "0 → 4 channels"),
+            ((4, 4, 0), {}, "kernel_size"),
+            ((4, 4, 3), {"groups": 3}, "3 groups"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                KWConv2d(*args, **{**share, **change})
+        for shapes in ({"a b": (1, 1, 1, 1)}, {"train": (1, 1, 1, 1)}, {"a": (0, 1, 1, 1)}, {"a": (4, 4)}):
+            with pytest.raises(ValueError, match="warehouse"):
+                Warehouses(shapes)
+        for value in (-0.1, 1.1, float("nan")):
+            with pytest.raises(ValueError, match="between 0 and 1"):
+                set_temperature(warehouses, value)
