@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batched import grouped_dynamic_conv, taps_dynamic_conv
+from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
 from .geometry import Geometry, Padding, check_operands
 from .naive import naive_dynamic_conv
 
@@ -15,6 +15,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
     "naive": naive_dynamic_conv,
     "grouped": grouped_dynamic_conv,
     "taps": taps_dynamic_conv,
+    "unfold": unfold_dynamic_conv,
 }
 
 
@@ -70,5 +71,6 @@ def dynamic_conv_from_geometry(
 
 def _choose(weight: Tensor) -> str:
     """A grouped convolution needs its number of groups, and so the batch, to be known when a graph is made."""
-    exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return "taps" if exporting or weight.shape[3:].numel() == 1 else "grouped"
+    if torch.compiler.is_exporting():
+        return "unfold"  # its graph does not grow with the kernel, but TorchScript's exporter refuses Tensor.unfold
+    return "taps" if torch.jit.is_tracing() or weight.shape[3:].numel() == 1 else "grouped"

@@ -1,11 +1,13 @@
-"""Per-sample convolution without a loop over samples, in two forms.
+"""Per-sample convolution without a loop over samples, in three forms.
 
-``grouped`` is one convolution with a group for every sample. ``taps`` is a batched matrix product for each position
-of the kernel: the better form for 1×1 kernels, and the one that can be exported, because its graph holds no number
-of groups that depends on the batch.
+``grouped`` is one convolution with a group for every sample. ``unfold`` copies out the window of every output position
+and is one batched matrix product; ``taps`` is one product for each position of the kernel and copies nothing. The last
+two are the same for 1×1 kernels, where they are the better form, and can be exported: their graphs hold no number of
+groups that depends on the batch.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -46,4 +48,18 @@ def taps_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         kernel = kernels[(..., *tap)]
         term = kernel * shifted if group_channels == 1 else torch.matmul(kernel, shifted)
         y = term if y is None else y + term
+    return y.reshape(batch, out_channels, *size)
+
+
+def unfold_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """y[b] = W[b] as a matrix @ the windows of x[b] as columns; shapes as `dynamic_conv`."""
+    batch, out_channels, _, *kernel_size = weight.shape
+    dims, groups = len(kernel_size), geometry.groups
+    size = geometry.output_size(x.shape[2:], kernel_size)
+    windows = geometry.pad(x)
+    for d, (k, s, step) in enumerate(zip(kernel_size, geometry.stride, geometry.dilation, strict=True)):
+        windows = windows.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    columns = windows.permute(order).reshape(batch, groups, -1, math.prod(size))
+    y = torch.matmul(weight.reshape(batch, groups, out_channels // groups, -1), columns)
     return y.reshape(batch, out_channels, *size)

@@ -84,8 +84,8 @@ class KWLayer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
         raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for any "
-            "batch size, and torch.export and torch.onnx.export work too"
+            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for "
+            "any batch size, and torch.export and torch.onnx.export work too"
         )
 
     def static_kernel(self) -> Tensor:

@@ -151,7 +151,7 @@ class TestBatches:
         assert warehouses.w.grad.abs().sum() > 0
 
     def test_larger_batches_are_ordinary_batch_norm(self):
-        layer, _, x = make("conv2d")
+        layer, _, _ = make("conv2d")
         plain = nn.BatchNorm1d(16).double()
         plain.load_state_dict(layer.attention.norm.state_dict())
         h = torch.randn(5, 16).double()

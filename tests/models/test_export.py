@@ -1,0 +1,68 @@
+"""Upstream could not be exported with a batch of any size: its grouped convolution bakes the batch in."""
+
+import onnxruntime
+import pytest
+import torch
+
+from kernelwarehouse import build_model
+
+from .fill import fill
+
+BATCHES = (1, 2, 5)
+
+
+NETWORKS = {
+    "kw_resnet10t": {"channels": [8, 8, 16, 16]},
+    "kw_convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},  # depthwise 7×7, strided 2×2, linear layers
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def net(request):
+    net = build_model({"model": request.param, "nb_classes": 5, "model_kwargs": NETWORKS[request.param]})
+    # Weights under which no branch is silent, so that a wrong export would show.
+    net.load_state_dict({k: torch.from_numpy(fill(k, v.shape)) for k, v in net.state_dict().items()})
+    return net.eval()
+
+
+def images(batch, side=64):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
+
+
+@torch.no_grad()
+def check(net, run):
+    for batch in BATCHES:
+        x = images(batch)
+        expected = net(x)
+        assert expected.std() > 0
+        torch.testing.assert_close(run(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_torch_export(net):
+    program = torch.export.export(net, (images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    check(net, program.module())
+
+
+def test_trace(net):
+    traced = torch.jit.trace(net, images(3), check_trace=False)
+    check(net, traced)
+    x = images(2, side=96)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-3, atol=1e-3 * net(x).abs().max().item())
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx(net, tmp_path, dynamo):
+    path = tmp_path / "net.onnx"
+    if dynamo:
+        shapes = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "verbose": False}
+    else:
+        shapes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    torch.onnx.export(net, (images(3),), path, dynamo=dynamo, **shapes)
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    check(net, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+
+
+def test_script_says_what_to_use_instead(net):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace gives a ScriptModule"):
+        torch.jit.script(net)
