@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import timm
+import timm.optim
 import torch
 from timm.layers import DropPath
 from timm.utils import ModelEmaV3
@@ -16,8 +17,8 @@ from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, KWLinear, Wareh
 from kernelwarehouse.schema import find_config
 
 DEIT = {  # name: parameters of the static network, and of ours at 1× and 4×
-    "deit_tiny": (5_717_416, 6_301_096, 22_998_184),
-    "deit_small": (22_050_664, 24_051_880, 89_230_888),
+    "deit_tiny": (5_717_416, 6_363_640, 22_546_360),
+    "deit_small": (22_050_664, 24_319_960, 88_485_784),
 }
 
 
@@ -97,7 +98,7 @@ class TestTimm:
         assert name in timm.list_models("kw*")
         net = timm.create_model(name, num_classes=10).eval()
         static = timm.create_model(PRESETS[name][0], num_classes=10).eval()
-        size = 224 if net.default_cfg["fixed_input_size"] else 64
+        size = 224 if net.default_cfg["fixed_input_size"] else 32
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
             features = net.forward_features(x)
@@ -111,14 +112,16 @@ class TestTimm:
         assert net.default_cfg["mean"] == static.default_cfg["mean"]
         assert not net.default_cfg["url"]
         assert not net.default_cfg["hf_hub_id"]
-        assert net.feature_info.channels() == static.feature_info.channels()
+        assert net.feature_info == static.feature_info
         assert isinstance(net.get_classifier(), KWLinear if name.startswith("kw1d2x") else nn.Linear)
         net.reset_classifier(4)
         assert net(x).shape == (2, 4)
         net.reset_classifier(0)
-        assert net(x).shape == (2, static.num_features if static.num_features == net(x).shape[1] else net(x).shape[1])
-        net.train()(x).square().mean().backward()
-        assert all(p.grad is not None for p in net.parameters())
+        assert net(x).shape == (2, net.head_hidden_size)
+        if name in ("kw_resnet18", "kw1d2x_mobilenetv2_050"):
+            net.reset_classifier(4)
+            net.train()(x).square().mean().backward()
+            assert all(p.grad is not None for p in net.parameters())
 
     def test_fields_of_the_operator(self):
         four = timm.create_model("kw_resnet18", cell_num_ratio=4)

@@ -1,0 +1,103 @@
+"""The package as published: everything in the wheel, nothing imported by a bare folder name."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "configs": "kernelwarehouse",
+    **{f: f"kernelwarehouse/{f}" for f in ("models", "engine", "datasets", "detection")},
+}
+SOURCES = [p for f in (*FOLDERS, "scripts", "tests") for p in (ROOT / f).rglob("*.py")] + [ROOT / "main.py"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    # Built from a copy: setuptools keeps a build/ folder, whose leftovers would be packed again.
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    for name in names:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_every_module_and_configuration(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in FOLDERS.items()
+        for suffix in ("*.py", "*.json")
+        for path in (ROOT / folder).rglob(suffix)
+    }
+    assert expected - packed == set()
+    assert {name.split("/")[0] for name in packed} == {"kernelwarehouse", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+
+
+def test_installed_wheel_works_from_anywhere(wheel, tmp_path):
+    """Unpacked beside nothing else of the project, so that a missing file cannot be found in the checkout."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import kernelwarehouse, timm; "
+        f"assert kernelwarehouse.__file__.startswith({str(tmp_path)!r}); "
+        "net = kernelwarehouse.build_model('configs/resnet18/kw1x_resnet18.json'); "
+        "print(sum(p.numel() for p in net.parameters()), 'kw_resnet18' in timm.list_models('kw*'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.split() == ["11932148", "True"], result.stderr
+
+
+def test_nothing_imports_a_bare_folder_name():
+    assert len(SOURCES) > 40
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in names:
+                assert name.split(".")[0] not in FOLDERS, f"{path}:{node.lineno} imports {name}"
+
+
+def test_data_flows_one_way():
+    """`schema` knows nobody, `models` not the engine or the data, and neither engine nor data name an operator."""
+    forbidden = {"configs/schema": ("models", "engine", "datasets"), "models": ("engine", "datasets", "detection")}
+    for folder, names in forbidden.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    assert not set(node.module.split(".")) & set(names), f"{path}:{node.lineno}"
+    for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "datasets").rglob("*.py"), ROOT / "main.py"]:
+        assert "ops" not in {
+            part
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for part in node.module.split(".")
+        }, f"{path} imports an operator"
+
+
+def test_files_are_short():
+    for path in SOURCES:
+        if "tests" not in path.parts:
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
+
+
+def test_pre_commit_configuration_is_yaml():
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
