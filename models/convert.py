@@ -71,7 +71,7 @@ def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True)
 
     Args:
         net: The network that the plan was made for.
-        plan: From `plan_conversion`.
+        plan: From `plan_conversion`; it stays at hand as ``net.warehouses.plan``.
         keep_weights: Put the static kernels into the assigned cells and let the attention hold the assignment, so
             that with b ≥ 1 the network computes what it did before (to a relative 1e-3 per layer at temperatures
             above 0) and can be fine-tuned; with b < 1 the assigned part of each kernel is kept. False initialises
@@ -106,6 +106,7 @@ def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True)
     for warehouse in warehouses.names:
         users = [layer.name for layer in plan.layers if layer.warehouse == warehouse]
         warehouses.cells(warehouse).requires_grad_(any(old[name].weight.requires_grad for name in users))
+    warehouses.plan = plan
     warehouses.train(net.training)
     net.add_module("warehouses", warehouses)
     for name, layer in new.items():

@@ -1,6 +1,7 @@
 """The shared cells of a network and its temperature."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ class Warehouses(nn.Module):
 
     Attributes:
         temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.
+        names: The warehouses' names, in their order.
+        plan: The `ConversionPlan` by which `convert_` made them, None elsewhere.
 
     Args:
         shapes: Shape (n, cout, cin, *c) of each warehouse by name; the order is kept.
@@ -34,6 +37,7 @@ class Warehouses(nn.Module):
     ):
         super().__init__()
         self.names = tuple(shapes)
+        self.plan: Any = None
         for name, shape in shapes.items():
             if not name.isidentifier() or hasattr(self, name) or name == "temperature":
                 raise ValueError(f"warehouse {name!r}: not a usable name; take letters, digits and underscores")
