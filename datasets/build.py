@@ -1,0 +1,91 @@
+"""The data sets that a configuration can name, checked before anything is computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+
+from kernelwarehouse.schema import Config, ConfigError, RunConfig
+
+from .digits import Digits
+from .transforms import eval_transform, train_transform
+
+TORCHVISION = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100, "FMNIST": FashionMNIST}
+
+
+def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
+    """Return the training and the evaluation images of a run.
+
+    Raises:
+        ConfigError: See `build_dataset`; also when the two have different classes.
+    """
+    train, held_out = build_dataset(config, train=True), build_dataset(config, train=False)
+    if tuple(train.classes) != tuple(held_out.classes):
+        only_train = sorted(set(train.classes) - set(held_out.classes))
+        only_eval = sorted(set(held_out.classes) - set(train.classes))
+        raise ConfigError(
+            f"{train.root} and {held_out.root} have different classes: "
+            f"only for training {only_train[:5]}, only for evaluation {only_eval[:5]}"
+        )
+    return train, held_out
+
+
+def build_dataset(config: Config, train: bool) -> Dataset:
+    """Return one part of the images of a run, transformed for training or for evaluation.
+
+    Args:
+        config: The run's `data_set`, `data_path` and augmentation, and the model's input and number of classes.
+        train: The training part, else the held-out part.
+
+    Returns:
+        A dataset of pairs (image tensor, class index) that names its `classes`.
+
+    Raises:
+        ConfigError: No path where one is needed, no such folder or files, an empty class folder, or a number of
+            classes other than the model's.
+    """
+    run = config.run
+    transform = train_transform(config) if train else eval_transform(config)
+    if run.data_set == "DIGITS":
+        dataset = Digits(train, transform)
+    elif not run.data_path:
+        raise ConfigError(f"field 'data_path': {run.data_set} is read from a folder; pass --data_path FOLDER")
+    elif run.data_set in TORCHVISION:
+        dataset = _torchvision(run, train, transform)
+    else:
+        dataset = _class_folders(_split_folder(run, train), transform)
+    if len(dataset.classes) != config.model.nb_classes:
+        where = "" if run.data_set == "DIGITS" else f" in {dataset.root}"
+        raise ConfigError(
+            f"field 'nb_classes': the model has {config.model.nb_classes} classes, {run.data_set}{where} has "
+            f"{len(dataset.classes)}; pass --nb_classes {len(dataset.classes)}"
+        )
+    return dataset
+
+
+def _torchvision(run: RunConfig, train: bool, transform: Callable[[Any], Any]) -> Dataset:
+    try:
+        return TORCHVISION[run.data_set](run.data_path, train=train, transform=transform, download=False)
+    except RuntimeError as e:
+        raise ConfigError(
+            f"field 'data_path': {run.data_path} does not hold the files of {run.data_set} as torchvision keeps them; "
+            f"torchvision.datasets.{TORCHVISION[run.data_set].__name__}({run.data_path!r}, download=True) fetches them"
+        ) from e
+
+
+def _split_folder(run: RunConfig, train: bool) -> Path:
+    """The folder of one part; with eval_data_path, data_path is itself the training part, as upstream has it."""
+    if run.data_set == "image_folder" and run.eval_data_path is not None:
+        return Path(run.data_path if train else run.eval_data_path)
+    return Path(run.data_path) / ("train" if train else "val")
+
+
+def _class_folders(folder: Path, transform: Callable[[Any], Any]) -> ImageFolder:
+    if not folder.is_dir():
+        raise ConfigError(f"field 'data_path': no folder {folder}; expected one folder per class in it")
+    try:
+        return ImageFolder(folder, transform)
+    except FileNotFoundError as e:  # no class folder, or one without images
+        raise ConfigError(f"{folder}: {e}") from e

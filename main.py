@@ -1,0 +1,42 @@
+"""Train or evaluate a network, on one process or under torchrun.
+
+    python main.py --kw_config configs/quickstart/kw1x_resnet18.json --output_dir output/kw1x
+    python main.py --kw_config output/kw1x/config.json --eval true --resume output/kw1x/checkpoint-best.pth
+    torchrun --nproc_per_node 8 main.py --kw_config configs/resnet18/kw4x_resnet18.json --data_path FOLDER
+
+Every field of a configuration is an option too, and wins over the file: see --help.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Python puts this folder first, where datasets/ would shadow Hugging Face's package of that name.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)
+
+from kernelwarehouse.engine import NonFiniteLossError, evaluate_run, join, parse_arguments, train_run
+from kernelwarehouse.models import CheckpointError
+from kernelwarehouse.schema import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 for a training that diverged, 2 for what could not begin."""
+    try:
+        config = parse_arguments(arguments)
+        with join(config.run) as world:
+            if config.run.eval:
+                evaluate_run(config, world)
+            else:
+                train_run(config, world)
+    except (ConfigError, CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

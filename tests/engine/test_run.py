@@ -1,0 +1,156 @@
+"""Whole runs: what is kept of them, and that stopping and continuing leaves no trace."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from kernelwarehouse.engine import evaluate_run, train_run
+from kernelwarehouse.engine import run as run_module
+from kernelwarehouse.engine.checkpoint import read_state
+from kernelwarehouse.models import CheckpointError, build_model
+from kernelwarehouse.schema import ConfigError
+
+CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv", "batch_size": 256, "lr": 4e-3}
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_in_epoch(monkeypatch, number):
+    """End the process's work in the middle of that epoch, after its first steps."""
+    train_epoch = run_module.train_epoch
+
+    def killed(training, loader, progress):
+        if training.epoch == number:
+            batch = next(iter(loader))
+            training.model(batch[0]).sum().backward()
+            training.optimizer.step()
+            raise Killed
+        return train_epoch(training, loader, progress)
+
+    monkeypatch.setattr(run_module, "train_epoch", killed)
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_a_resumed_training_ends_like_an_uninterrupted_one(tiny_config, cpu, tmp_path, monkeypatch):
+    fields = CONVERTED | {"epochs": 3, "temp_epoch": 2, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "model_ema": True}
+    fields |= {"model_ema_decay": 0.9, "model_ema_eval": True, "dropout": 0.1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_run(tiny_config(**fields, output_dir=str(whole)), cpu)
+    with monkeypatch.context() as m:
+        kill_in_epoch(m, 1)
+        with pytest.raises(Killed):
+            train_run(tiny_config(**fields, output_dir=str(parts)), cpu)
+    train_run(tiny_config(**fields, output_dir=str(parts)), cpu)
+    expected, found = (read_state(folder / "checkpoint-2.pth") for folder in (whole, parts))
+    assert expected["config"].pop("output_dir") != found["config"].pop("output_dir")
+    assert_equal(found, expected)
+    assert log_lines(whole) == log_lines(parts)
+
+
+def test_the_best_checkpoint_continues_a_training(tiny_config, cpu, tmp_path):
+    fields = {"output_dir": str(tmp_path), "epochs": 2}
+    train_run(tiny_config(**fields), cpu)
+    best = tmp_path / "checkpoint-best.pth"
+    done = read_state(best)["epoch"] + 1
+    training = train_run(tiny_config(epochs=3, resume=str(best)), cpu)
+    assert training.epoch == 3
+    assert training.step == 3 * 11
+    assert training.best["model"] >= read_state(best)["best"]["model"]
+    assert done in (1, 2)
+
+
+def test_a_run_keeps_its_last_checkpoints_its_best_its_log_and_its_configuration(tiny_config, cpu, tmp_path):
+    config = tiny_config(output_dir=str(tmp_path), log_dir=str(tmp_path / "tb"), epochs=3, save_ckpt_num=2)
+    train_run(config, cpu)
+    kept = ["checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "config.json", "log.txt", "tb"]
+    assert sorted(os.listdir(tmp_path)) == kept
+    assert json.loads((tmp_path / "config.json").read_text())["save_ckpt_num"] == 2
+    lines = log_lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    names = "epoch n_parameters train_loss train_lr test_acc1 test_acc5 test_loss"
+    assert lines[0].keys() == set(names.split())
+    assert max(line["test_acc1"] for line in lines) == read_state(tmp_path / "checkpoint-2.pth")["best"]["model"]
+    assert os.listdir(tmp_path / "tb")
+
+
+def test_checkpoints_can_be_rare_but_the_last_epoch_is_always_saved(tiny_config, cpu, tmp_path):
+    train_run(tiny_config(output_dir=str(tmp_path), epochs=3, save_ckpt_freq=2, disable_eval=True), cpu)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["checkpoint-1.pth", "checkpoint-2.pth"]
+
+
+@pytest.mark.parametrize("epochs", [1, 3], ids=["while_annealing", "after"])
+def test_evaluating_a_checkpoint_gives_the_accuracy_that_training_logged(tiny_config, cpu, tmp_path, epochs, capsys):
+    fields = CONVERTED | {"output_dir": str(tmp_path), "temp_epoch": 2, "model_ema": True, "model_ema_decay": 0.5}
+    train_run(tiny_config(**fields, epochs=epochs, model_ema_eval=True), cpu)
+    logged = log_lines(tmp_path)[-1]
+    assert (logged["train_temperature"] > 0) == (epochs == 1)
+    newest = str(tmp_path / f"checkpoint-{epochs - 1}.pth")
+    for key, suffix in (("model", ""), ("model_ema", "_ema")):
+        metrics = evaluate_run(tiny_config(**fields, eval=True, resume=newest, model_key=key), cpu)
+        for name in ("acc1", "acc5", "loss"):
+            assert getattr(metrics, name) == logged[f"test_{name}{suffix}"]
+        assert capsys.readouterr().out.splitlines()[-1] == str(metrics)
+    assert json.loads((tmp_path / "eval.json").read_text())["acc1"] == logged["test_acc1_ema"]
+    assert (tmp_path / "checkpoint-best-ema.pth").exists()
+
+
+def test_accuracies_reached_while_annealing_are_not_the_best(tiny_config, cpu, tmp_path, monkeypatch):
+    accuracies = iter([90.0, 80.0, 70.0])
+
+    def evaluate(*args):
+        metrics = run_evaluate(*args)
+        object.__setattr__(metrics, "acc1", next(accuracies))
+        return metrics
+
+    run_evaluate = run_module.evaluate
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    train_run(tiny_config(**CONVERTED, output_dir=str(tmp_path), epochs=3, temp_epoch=2), cpu)
+    best = read_state(tmp_path / "checkpoint-best.pth")
+    assert (best["epoch"], best["best"], best["temperature"]) == (1, {"model": 80.0}, 0.0)
+
+
+def test_finetuning_starts_from_the_weights_and_replaces_another_classifier(tiny_config, cpu, tmp_path):
+    weights = build_model(tiny_config().model, nb_classes=7).state_dict()
+    torch.save({"model": weights}, tmp_path / "seven.pth")
+    config = tiny_config(finetune=str(tmp_path / "seven.pth"), epochs=1, lr=1e-12, min_lr=0, weight_decay=0)
+    found = train_run(config, cpu).model.state_dict()
+    torch.testing.assert_close(found["conv1.weight"], weights["conv1.weight"])
+    assert found["fc.weight"].shape[0] == 10
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tiny_config, cpu, tmp_path):
+    train_run(tiny_config(output_dir=str(tmp_path), epochs=1), cpu)
+    with pytest.raises(CheckpointError, match=r"checkpoint-0\.pth.*another model"):
+        train_run(tiny_config(**CONVERTED, output_dir=str(tmp_path)), cpu)
+
+
+def test_there_must_be_something_to_evaluate(tiny_config, cpu):
+    with pytest.raises(ConfigError, match=r"--resume CHECKPOINT, or --pretrained"):
+        evaluate_run(tiny_config(eval=True), cpu)
+
+
+def test_a_conversion_that_cannot_be_is_a_configuration_error(tiny_config, cpu):
+    with pytest.raises(ConfigError, match="warehouse"):
+        train_run(tiny_config(**CONVERTED | {"cell_num_ratio": 1e-4}), cpu)

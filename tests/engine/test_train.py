@@ -1,0 +1,172 @@
+"""A step of training does what its recipe says."""
+
+import copy
+
+import pytest
+import torch
+from timm.utils import random_seed
+from torch import nn
+
+from kernelwarehouse.engine import NonFiniteLossError, Training
+from kernelwarehouse.engine.log import Progress
+from kernelwarehouse.engine.train import train_epoch, update_weights
+from kernelwarehouse.models import build_model
+from kernelwarehouse.schema import ConfigError
+
+SILENT = Progress("", total=0, batch_size=1, visible=False)
+
+
+def linear_net():
+    """Without BatchNorm, whose statistics know how the batch was divided."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 10)).double()
+
+
+def images_and_targets(n=24):
+    return torch.randn(n, 1, 4, 4, dtype=torch.float64), torch.randint(10, (n,))
+
+
+CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv"}
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.01])
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_k_micro_batches_equal_one_large_batch(tiny_config, cpu, loader, opt, clip_grad):
+    images, targets = images_and_targets()
+    first = linear_net()
+    second = copy.deepcopy(first)
+    fields = {"opt": opt, "smoothing": 0.1, "epochs": 1, "clip_grad": clip_grad}
+    one = Training.build(first, tiny_config(**fields), cpu, iterations_per_epoch=2)
+    many = Training.build(second, tiny_config(**fields, update_freq=3), cpu, iterations_per_epoch=6)
+    figures = train_epoch(one, loader(images, targets, 12), SILENT)
+    accumulated = train_epoch(many, loader(images, targets, 4), SILENT)
+    assert one.step == many.step == 2
+    assert accumulated["loss"] == pytest.approx(figures["loss"], rel=1e-12)
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_a_smaller_last_window_weighs_its_own_micro_batches(tiny_config, cpu, loader):
+    images, targets = images_and_targets(20)
+    model = linear_net()
+    expected = copy.deepcopy(model)
+    config = tiny_config(opt="momentum", weight_decay=0, update_freq=3, epochs=1)
+    training = Training.build(model, config, cpu, iterations_per_epoch=5)
+    train_epoch(training, loader(images, targets, 4), SILENT)
+    assert training.step == 2
+
+    reference = Training.build(expected, config, cpu, iterations_per_epoch=5)
+    for step, window in enumerate((slice(0, 12), slice(12, 20))):
+        for group in reference.optimizer.param_groups:
+            group["lr"] = reference.schedule.lr(step)
+        nn.functional.cross_entropy(expected(images[window]), targets[window]).backward()
+        update_weights(reference)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [{}, {"use_amp": True, "amp_dtype": "bfloat16"}, {"use_amp": True, "amp_dtype": "float16"}],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_clipping_bounds_the_update(tiny_config, cpu, loader, precision):
+    """With SGD at rate 1 and without momentum's past, the update of the first step is the clipped gradient."""
+    images, targets = images_and_targets(8)
+    for limit in (1e-3, None):
+        model = linear_net().float()
+        before = [p.detach().clone() for p in model.parameters()]
+        config = tiny_config(opt="momentum", lr=1.0, weight_decay=0, clip_grad=limit, epochs=1, **precision)
+        training = Training.build(model, config, cpu, iterations_per_epoch=1)
+        train_epoch(training, loader(images.float(), targets, 8), SILENT)
+        change = torch.cat([(b - p).flatten() for b, p in zip(before, model.parameters(), strict=True)]).norm().item()
+        if limit:
+            assert change == pytest.approx(limit, rel=1e-3)
+        else:
+            assert change > 0.1
+
+
+def test_float16_scales_the_loss_and_bfloat16_does_not(tiny_config, cpu):
+    def scaler(dtype):
+        return Training.build(linear_net(), tiny_config(use_amp=True, amp_dtype=dtype), cpu, 1).scaler
+
+    assert scaler("float16").is_enabled()
+    assert not scaler("bfloat16").is_enabled()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, cpu, loader):
+    images, targets = images_and_targets(100 * 4)
+    images[4 * 30] = float("nan")
+    training = Training.build(linear_net(), tiny_config(), cpu, iterations_per_epoch=100)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan within iterations 20 to 39"):
+        train_epoch(training, loader(images, targets, 4), SILENT)
+    assert training.epoch == 0
+
+
+def test_a_converted_network_trains_with_batches_of_one(tiny_config, cpu, loader):
+    config = tiny_config(epochs=1, **CONVERTED)
+    model = build_model(config.model)
+    before = copy.deepcopy(model.state_dict())
+    training = Training.build(model, config, cpu, iterations_per_epoch=3)
+    figures = train_epoch(training, loader(torch.randn(3, 1, 64, 64), torch.tensor([1, 2, 3]), 1), SILENT)
+    assert 0 < figures["loss"] < 100
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if n.startswith("warehouses."))
+
+
+def test_the_network_and_its_average_have_the_temperature_of_each_iteration(tiny_config, cpu, loader):
+    config = tiny_config(epochs=4, temp_epoch=2, temp_init_value=0.8, model_ema=True, **CONVERTED)
+    training = Training.build(build_model(config.model), config, cpu, iterations_per_epoch=2)
+    seen = []
+    training.model.register_forward_pre_hook(lambda m, _: seen.append(m.warehouses.temperature.item()))
+    assert training.ema.module.warehouses.temperature.item() == pytest.approx(0.8)
+    data = loader(torch.randn(8, 1, 16, 16), torch.randint(10, (8,)), 4)
+    for expected in (0.4, 0.0, 0.0):
+        train_epoch(training, data, SILENT)
+        training.set_temperature()
+        assert training.ema.module.warehouses.temperature.item() == pytest.approx(expected)
+        assert training.model.warehouses.temperature.item() == pytest.approx(expected)
+    assert seen == pytest.approx([0.6, 0.4, 0.2, 0, 0, 0])
+
+
+def test_a_static_network_has_no_temperature(tiny_config, cpu):
+    assert Training.build(linear_net(), tiny_config(temp_epoch=20), cpu, 5).temperature == 0
+
+
+def test_the_average_follows_the_weights(tiny_config, cpu, loader):
+    images, targets = images_and_targets(4)
+    model = linear_net()
+    before = copy.deepcopy(model.state_dict())
+    config = tiny_config(model_ema=True, model_ema_decay=0.75, epochs=1)
+    training = Training.build(model, config, cpu, iterations_per_epoch=1)
+    train_epoch(training, loader(images, targets, 4), SILENT)
+    for name, value in training.ema.module.state_dict().items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mixup_mode": "elem"}]
+)
+def test_mixing_changes_what_is_learned(tiny_config, cpu, loader, fields):
+    images, targets = images_and_targets(8)
+    losses = []
+    for mixing in ({}, fields):
+        random_seed(0)
+        model = linear_net().float()
+        training = Training.build(model, tiny_config(batch_size=8, epochs=1, **mixing), cpu, iterations_per_epoch=1)
+        losses.append(train_epoch(training, loader(images.float(), targets, 8), SILENT)["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_mixing_refuses_an_odd_batch(tiny_config, cpu):
+    with pytest.raises(ConfigError, match=r"'batch_size'.*31 is odd"):
+        Training.build(linear_net(), tiny_config(batch_size=31, mixup=0.8), cpu, 1)
+
+
+def test_the_loss_is_read_back_rarely(tiny_config, cpu, loader, monkeypatch):
+    reads = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: (reads.append(self), item(self))[1])
+    images, targets = images_and_targets(60)
+    training = Training.build(linear_net(), tiny_config(opt="momentum"), cpu, iterations_per_epoch=60)
+    train_epoch(training, loader(images, targets, 1), SILENT)
+    assert len(reads) <= 5

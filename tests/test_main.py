@@ -1,0 +1,169 @@
+"""The command line, as its user meets it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernelwarehouse.engine import parse_arguments
+from kernelwarehouse.schema import ConfigError, known_fields
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": "kw_resnet18",
+    "sharing_range": "layer_conv",
+    "model_kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+    "nb_classes": 10,
+    "in_chans": 1,
+    "input_size": 16,
+    "device": "cpu",
+    "num_workers": 0,
+    "batch_size": 256,
+    "epochs": 2,
+    "warmup_epochs": 0,
+    "temp_epoch": 1,
+    "mixup": 0,
+    "cutmix": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("main", ROOT / "main.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def test_the_file_wins_over_defaults_and_the_command_line_over_the_file(file):
+    config = parse_arguments(["--kw_config", file, "--epochs", "5", "--cell_num_ratio", "2"])
+    assert (config.run.lr, config.run.batch_size, config.run.epochs) == (4e-3, 256, 5)
+    assert config.model.kw["cell_num_ratio"] == 2.0
+    assert config.model.kw["sharing_range"] == ("layer", "conv")
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--eval", "eval", True),
+        ("--eval true", "eval", True),
+        ("--eval False", "eval", False),
+        ("--lr 1e-3", "lr", 1e-3),
+        ("--clip_grad none", "clip_grad", None),
+        ("--opt_betas 0.9 0.95", "opt_betas", (0.9, 0.95)),
+        ("--warmup_steps -1", "warmup_steps", -1),
+        ("--local_rank 3", "local_rank", 3),
+        ("--local-rank=3", "local_rank", 3),
+        ("--aa=null", "aa", None),
+    ],
+)
+def test_values_have_the_type_of_their_field(file, words, field, value):
+    assert getattr(parse_arguments(["--kw_config", file, *words.split()]).run, field) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--nonlocal_basis_ratio 0.0625", "nonlocal_basis_ratio", 0.0625),  # upstream makes it a list, and fails
+        ("--cell_num_ratio 1 1 0.5 4", "cell_num_ratio", (1.0, 1.0, 0.5, 4.0)),
+        ("--sharing_range layer pwconv", "sharing_range", ("layer", "pwconv")),
+    ],
+)
+def test_one_ratio_is_a_number_and_several_are_one_for_each_warehouse(file, words, field, value):
+    assert parse_arguments(["--kw_config", file, *words.split()]).model.kw[field] == value
+
+
+def test_a_mapping_is_written_as_json(file):
+    words = ["--kw_config", file, "--model_kwargs", '{"channels": [4, 4, 4, 4]}']
+    assert parse_arguments(words).model.model_kwargs == {"channels": [4, 4, 4, 4]}
+
+
+def test_every_field_is_an_option_with_a_description(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse_arguments(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in known_fields())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epoch 3", "command line: unknown field 'epoch'; did you mean 'epochs'?"),
+        ("--bach_size=3", "command line: unknown field 'bach_size'; did you mean 'batch_size'?"),
+        ("extra", "command line: unexpected argument 'extra'"),
+    ],
+)
+def test_a_mistyped_option_is_named_with_its_nearest(file, words, message):
+    with pytest.raises(ConfigError) as error:
+        parse_arguments(["--kw_config", file, *words.split()])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epochs many", "field 'epochs': expected a whole number, found 'many'"),
+        ("--kw_config absent.json", "absent.json: no such configuration file"),
+        ("--device cuda:7", "field 'device'"),
+        ("--data_set IMNET", "pass --data_path FOLDER"),
+        ("--data_set IMNET --data_path /nowhere", "no folder /nowhere/train"),
+        ("--nb_classes 7", "pass --nb_classes 10"),
+        ("--batch_size 5000", "more than the 1437 training images"),
+        ("--warmup_epochs 3", "pass a smaller --warmup_epochs"),
+        ("--model kw_resnet19", "kw_resnet18"),
+        ("--opt adamx", "adamx"),
+        ("--eval", "--resume CHECKPOINT"),
+        ("--eval --resume absent.pth", "absent.pth: no such checkpoint"),
+        ("--resume absent.pth", "absent.pth: no such checkpoint"),
+        ("--finetune absent.pth", "absent.pth: no such checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_2(main, file, words, message, capsys):
+    assert main(["--kw_config", file, *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_training_and_then_evaluating_its_checkpoint(main, file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["--kw_config", file, "--output_dir", str(run)]) == 0
+    last = json.loads((run / "log.txt").read_text().splitlines()[-1])
+    capsys.readouterr()
+    assert main(["--kw_config", file, "--eval", "true", "--resume", str(run / "checkpoint-1.pth")]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} loss {last['test_loss']:.3f}"
+
+
+def test_the_kept_configuration_starts_the_same_run(main, file, tmp_path):
+    assert main(["--kw_config", file, "--epochs", "1", "--output_dir", str(tmp_path / "run")]) == 0
+    kept = parse_arguments(["--kw_config", str(tmp_path / "run" / "config.json")])
+    assert kept == parse_arguments(["--kw_config", file, "--epochs", "1", "--output_dir", str(tmp_path / "run")])
+
+
+@pytest.mark.slow
+def test_the_script_hides_its_folders_and_prints_no_traceback(tmp_path):
+    """`import datasets` must not find this project's folder, whose name is also Hugging Face's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, importlib.util as u\natexit.register(lambda: print('datasets:', u.find_spec('datasets')))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "main.py", "--kw_config", "resnet18/kw1x_resnet18", "--epoch", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: unknown field 'epoch'; did you mean 'epochs'?\n"
+    assert str(ROOT / "datasets") not in done.stdout
+    assert "datasets:" in done.stdout

@@ -1,0 +1,144 @@
+"""A configuration that says something else than its writer meant is refused, by file and field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kernelwarehouse.schema import (
+    ConfigError,
+    KWConfig,
+    ModelConfig,
+    RunConfig,
+    field_help,
+    find_config,
+    known_fields,
+    load_config,
+)
+
+
+def write(folder, text, name="config.json"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("epoch", "epochs"), ("cell_number_ratio", "cell_num_ratio"), ("Model", "model"), ("mix_up", "mixup")],
+)
+def test_an_unknown_field_names_the_file_and_the_nearest_field(tmp_path, typo, meant):
+    path = write(tmp_path, json.dumps({"model": "resnet18", typo: 1}))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value) == f"{path}: unknown field '{typo}'; did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("epochs", "ten", "a whole number"),
+        ("epochs", 1.5, "a whole number"),
+        ("epochs", True, "a whole number"),
+        ("lr", "fast", "a number"),
+        ("use_amp", "perhaps", "true or false"),
+        ("use_amp", 2, "true or false"),
+        ("data_set", "MNIST", "one of 'DIGITS'"),
+        ("model_kwargs", 3, "a mapping"),
+        ("model", 18, "text"),
+        ("clip_grad", "hard", "a number or null"),
+        ("cell_num_ratio", ["a"], r"a number or a list \(of a number\)"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(tmp_path, field, value, expected):
+    path = write(tmp_path, json.dumps({"model": "resnet18", field: value}))
+    with pytest.raises(ConfigError, match=rf"config\.json: field '{field}': expected {expected}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("update_freq", 0),
+        ("epochs", -1),
+        ("lr", 0),
+        ("smoothing", 1.5),
+        ("layer_decay", 0),
+        ("clip_grad", 0),
+        ("drop_path", 1),
+        ("in_chans", 0),
+        ("temp_init_value", 2),
+        ("cell_num_ratio", 0),
+        ("cell_num_ratio", [1, -1]),
+        ("reduction", float("nan")),
+    ],
+)
+def test_a_value_out_of_range_is_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"field '{field}'"):
+        load_config({"model": "resnet18", field: value})
+
+
+def test_numbers_and_booleans_may_be_text():
+    config = load_config({"model": "resnet18", "lr": "4e-3", "epochs": "5", "use_amp": "yes", "clip_grad": "null"})
+    assert (config.run.lr, config.run.epochs, config.run.use_amp, config.run.clip_grad) == (4e-3, 5, True, None)
+
+
+def test_overrides_win():
+    assert load_config({"model": "resnet18", "epochs": 1}, {"epochs": 2}).run.epochs == 2
+
+
+def test_a_model_is_needed():
+    with pytest.raises(ConfigError, match=r"missing .*'model'"):
+        load_config({"epochs": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"model": "resnet18",}', "line 1, column"),
+        ("a.json", '{"model": "resnet18", "lr": 1, "lr": 2}', "'lr' is given twice"),
+        ("a.json", "[1]", "expected a mapping"),
+        ("a.yaml", "model: [", "a.yaml"),
+        ("a.yaml", "model: resnet18\nlr: 1\nlr: 2\n", "'lr' is given twice"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, text, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, text, name))
+    assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_yaml_says_the_same_as_json(tmp_path):
+    yaml = write(tmp_path, "model: kw_resnet18\nlr: 4e-3\nsharing_range: layer_conv\nmodel_kwargs: {a: 1}\n", "a.yml")
+    fields = {"model": "kw_resnet18", "lr": 4e-3, "sharing_range": ["layer", "conv"], "model_kwargs": {"a": 1}}
+    assert load_config(yaml) == load_config(fields)
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart/resnet18", "quickstart/resnet18.json", "configs/quickstart/resnet18.json"]
+)
+def test_shipped_files_are_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).model.model == "resnet18"
+
+
+def test_a_file_that_is_absent_names_similar_ones():
+    with pytest.raises(ConfigError, match=r"did you mean .*kw1x_resnet18\.json"):
+        find_config("resnet18/kw1_resnet18.json")
+
+
+def test_all_fields_can_be_written_and_read_back():
+    config = load_config("quickstart/kw1x_resnet18")
+    assert load_config(json.loads(json.dumps(config.to_fields()))) == config
+
+
+@pytest.mark.parametrize("cls", [KWConfig, ModelConfig, RunConfig])
+def test_every_field_is_described_once(cls):
+    assert list(field_help(cls)) == [f.name for f in dataclasses.fields(cls)]
+    assert all(field_help(cls).values())
+
+
+def test_no_field_has_two_owners():
+    names = [f.name for cls in (KWConfig, ModelConfig, RunConfig) for f in dataclasses.fields(cls) if f.name != "kw"]
+    assert len(names) == len(set(names)) == len(known_fields())
