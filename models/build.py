@@ -68,7 +68,7 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
     """
     if isinstance(config, ModelConfig):
         fields = dataclasses.asdict(config)
-        config = {**fields, **fields.pop("kw")} if not fields["kw"] else {**fields.pop("kw"), **fields}
+        config = {**fields.pop("kw"), **fields}
     config = load_config(config, overrides).model
     backbone, preset = _resolve(config.model)
     kwargs = {

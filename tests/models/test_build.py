@@ -34,6 +34,10 @@ class TestBuildModel:
         shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (by_name, by_path, by_fields, by_config)]
         assert shapes[0] == shapes[1] == shapes[2] == shapes[3] == {k: v.shape for k, v in by_yaml.state_dict().items()}
 
+    def test_a_static_model_is_timms(self):
+        for source in ("configs/mobilenetv2_050/mobilenetv2_050.json", ModelConfig("mobilenetv2_050")):
+            assert list(build_model(source).state_dict()) == list(timm.create_model("mobilenetv2_050").state_dict())
+
     def test_any_backbone_of_timm(self):
         net = build_model({"model": "kw_regnetx_002", "nb_classes": 4})
         assert any(isinstance(m, KWLayer) for m in net.modules())
