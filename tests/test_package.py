@@ -35,6 +35,7 @@ def wheel(tmp_path_factory):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "absent from the `packages`" not in result.stdout + result.stderr
     return next(out.glob("*.whl"))
 
 

@@ -280,6 +280,20 @@ class TestErrors:
         self.refused(nn.DataParallel(narrow_resnet()), match="wrapped in DataParallel: convert the network inside")
         self.refused(torch.compile(narrow_resnet()), match="wrapped in OptimizedModule")
 
+    def test_distributed_data_parallel(self, tmp_path):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            wrapped = nn.parallel.DistributedDataParallel(narrow_resnet())
+            self.refused(wrapped, match="wrapped in DistributedDataParallel: convert the network inside")
+            inside = convert_(narrow_resnet(), plan_conversion(narrow_resnet())).train()
+            converted = nn.parallel.DistributedDataParallel(inside)
+            names = [name for name, _ in converted.named_parameters()]
+            assert len(names) == len(set(names))
+            converted(torch.randn(2, 3, 32, 32)).square().mean().backward()
+            assert all(p.grad is not None for p in converted.parameters())
+        finally:
+            torch.distributed.destroy_process_group()
+
     def test_already_converted(self):
         net = convert_(narrow_resnet(), plan_conversion(narrow_resnet()))
         self.refused(net, match="already converted")
