@@ -3,7 +3,7 @@
 from ..schema import ConfigError, KWConfig, ModelConfig
 from .build import build_model
 from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, to_upstream
-from .convert import convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
+from .convert import conversion_plan, convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
 from .ops.kernel_warehouse import set_temperature
 from .plan import ConversionPlan
 
@@ -14,6 +14,7 @@ __all__ = [
     "KWConfig",
     "ModelConfig",
     "build_model",
+    "conversion_plan",
     "convert_",
     "load_checkpoint",
     "plan_conversion",

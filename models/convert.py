@@ -124,6 +124,11 @@ def warehouse_users(model: nn.Module) -> dict[str, list[str]]:
     return users
 
 
+def conversion_plan(model: nn.Module) -> ConversionPlan | None:
+    """Return the plan by which `model` was converted; None for a static network."""
+    return getattr(getattr(model, "warehouses", None), "plan", None)
+
+
 def remove_unused_warehouses_(net: nn.Module) -> nn.Module:
     """Drop the cells that no layer of `net` mixes from any more, after layers were replaced; returns `net`."""
     used = {module.warehouse for module in net.modules() if isinstance(module, KWLayer)}

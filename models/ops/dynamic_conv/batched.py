@@ -8,6 +8,7 @@ groups that depends on the batch.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,10 +57,15 @@ def unfold_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor
     batch, out_channels, _, *kernel_size = weight.shape
     dims, groups = len(kernel_size), geometry.groups
     size = geometry.output_size(x.shape[2:], kernel_size)
-    windows = geometry.pad(x)
-    for d, (k, s, step) in enumerate(zip(kernel_size, geometry.stride, geometry.dilation, strict=True)):
-        windows = windows.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
-    columns = windows.permute(order).reshape(batch, groups, -1, math.prod(size))
+    columns = windows(x, kernel_size, geometry).permute(order).reshape(batch, groups, -1, math.prod(size))
     y = torch.matmul(weight.reshape(batch, groups, out_channels // groups, -1), columns)
     return y.reshape(batch, out_channels, *size)
+
+
+def windows(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
+    """What each output position sees of x (B, C, *spatial): a view (B, C, *output spatial, *kernel)."""
+    x = geometry.pad(x)
+    for d, (k, s, step) in enumerate(zip(kernel_size, geometry.stride, geometry.dilation, strict=True)):
+        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
+    return x

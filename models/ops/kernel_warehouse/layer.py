@@ -1,20 +1,27 @@
 """KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
 
+import itertools
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_conv import Geometry, dynamic_conv_from_geometry
+from ..dynamic_conv import Geometry, dynamic_conv_from_geometry, windows
 from ..dynamic_conv.geometry import Padding
 from .attention import EPSILON, Attention
-from .mixing import cut, mix
+from .mixing import cut, mix, mix_inputs, prefers_inputs
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
 
 class KWLayer(nn.Module):
     """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
+
+    Attributes:
+        order: "kernels" mixes kernels and convolves each sample with its own, "inputs" mixes inputs and applies the
+            cells to all samples at once (see `mixing`); "auto" takes what costs less for the sizes at hand.
 
     Args:
         in_channels: Channels of the input.
@@ -30,6 +37,8 @@ class KWLayer(nn.Module):
     Raises:
         ValueError: Cells that do not divide the kernel, or own cells outside the warehouse.
     """
+
+    order: Literal["auto", "kernels", "inputs"] = "auto"
 
     def __init__(
         self,
@@ -80,6 +89,14 @@ class KWLayer(nn.Module):
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         return mix(self.attention(x, self.warehouses.temperature), self.cells, self.partition)
+
+    def mixes_inputs(self, positions: int) -> bool:
+        """Whether to mix inputs, not kernels, for that many output positions of a sample."""
+        if self.order == "auto":
+            # A graph for export must not depend on the size that it happens to be made with.
+            exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
+            return not exporting and prefers_inputs(self.partition, self.cells.shape[0], positions)
+        return self.order == "inputs"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
@@ -168,7 +185,27 @@ class KWConvNd(KWLayer):
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
             sizes = ", ".join("DHW"[-self.dims :])
             raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        return dynamic_conv_from_geometry(x, self.kernels(x), self.bias, self.geometry)
+        size = self.geometry.output_size(x.shape[2:], self.kernel_size)
+        # In a grouped convolution the output channels of one cell may read different inputs.
+        if self.groups > 1 or not self.mixes_inputs(math.prod(size)):
+            return dynamic_conv_from_geometry(x, self.kernels(x), self.bias, self.geometry)
+        alpha = self.attention(x, self.warehouses.temperature)
+        y = mix_inputs(alpha, self.cells, self._parts(x), self.partition)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.transpose(1, 2).reshape(x.shape[0], self.out_channels, *size)
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """What each part of the kernel reads of x, as `mix_inputs` takes it."""
+        dims = self.dims
+        *blocks, _, blocks_in = self.partition.grid
+        _, cin, *c = self.partition.cell
+        seen = windows(x, self.kernel_size, self.geometry)
+        size = seen.shape[2 : 2 + dims]
+        seen = seen.reshape(x.shape[0], blocks_in, cin, *size, *itertools.chain(*zip(blocks, c, strict=True)))
+        spatial, inside = range(3 + dims, 3 + 3 * dims, 2), range(4 + dims, 3 + 3 * dims, 2)
+        seen = seen.permute(0, *spatial, 1, *range(3, 3 + dims), 2, *inside)
+        return seen.reshape(x.shape[0], math.prod(blocks) * blocks_in, math.prod(size), -1)
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
@@ -228,8 +265,12 @@ class KWLinear(KWLayer):
         if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
             raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
         tokens = x.reshape(x.shape[0], -1, self.in_features)
-        kernels = self.kernels(tokens.transpose(1, 2)).flatten(2)
-        y = torch.matmul(tokens, kernels.transpose(1, 2))
+        alpha = self.attention(tokens.transpose(1, 2), self.warehouses.temperature)
+        if self.mixes_inputs(tokens.shape[1]):
+            parts = tokens.unflatten(2, (-1, self.partition.cell[1])).transpose(1, 2)
+            y = mix_inputs(alpha, self.cells, parts, self.partition)
+        else:
+            y = torch.matmul(tokens, mix(alpha, self.cells, self.partition).flatten(2).mT)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)

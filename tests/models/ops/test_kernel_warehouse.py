@@ -76,9 +76,11 @@ def naive_forward(layer, x, temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", ["kernels", "inputs"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_parity_with_naive(case, training, temperature):
+def test_parity_with_naive(case, order, training, temperature):
     layer, warehouses, x = make(case)
+    layer.order = order
     layer.train(training)
     set_temperature(warehouses, temperature)
     x.requires_grad_()
@@ -88,6 +90,15 @@ def test_parity_with_naive(case, training, temperature):
         {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())},
         tolerance=1e-10,
     )
+
+
+def test_order_of_mixing_follows_the_sizes():
+    """At one position a kernel is far larger than what it reads; at many it is read again and again."""
+    layer, _, _ = make("conv2d")
+    assert layer.mixes_inputs(1)
+    assert not layer.mixes_inputs(10_000)
+    layer.order = "kernels"
+    assert not layer.mixes_inputs(1)
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -174,9 +185,11 @@ class TestBatches:
 
 class TestTypes:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("order", ["kernels", "inputs"])
     @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens", "depthwise"])
-    def test_whole_module_cast(self, case, dtype):
+    def test_whole_module_cast(self, case, order, dtype):
         layer, warehouses, x = make(case, torch.float32)
+        layer.order = order
         layer.eval()
         expected = layer(x).detach()
         warehouses.to(dtype)
@@ -186,9 +199,11 @@ class TestTypes:
         assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("order", ["kernels", "inputs"])
     @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens"])
-    def test_autocast(self, case, dtype):
+    def test_autocast(self, case, order, dtype):
         layer, warehouses, x = make(case, torch.float32)
+        layer.order = order
         expected = layer(x).detach()
         with torch.autocast("cpu", dtype):
             y = layer(x)
