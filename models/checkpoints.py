@@ -2,7 +2,7 @@
 
 import argparse
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .backbones import find_family
 from .convert import warehouse_users
+
+# Where ours and upstream's, older ones, and timm's checkpoints keep their weights.
+DEFAULT_KEY = "model|module|state_dict"
 
 
 class CheckpointError(ValueError):
@@ -56,26 +59,28 @@ def find_state_dict(content: Mapping[str, Any], key: str, source: str) -> dict[s
     Raises:
         CheckpointError: No such entry.
     """
-    if content and all(isinstance(v, Tensor) for v in content.values()):
+    keys = key.split("|")
+    if content and all(isinstance(v, Tensor) for v in content.values()) and "model" in keys:
         state = content
     else:
-        names = [k for k in (*key.split("|"), "state_dict") if isinstance(content.get(k), Mapping)]
-        if not names or (key == "model_ema" and names[0] != key):
-            raise CheckpointError(f"{source}: no weights under '{key}'; the entries are {', '.join(map(str, content))}")
+        names = [k for k in keys if isinstance(content.get(k), Mapping)]
+        if not names:
+            entries = ", ".join([str(k) for k in content][:10]) + (", …" if len(content) > 10 else "")
+            raise CheckpointError(f"{source}: no weights under '{key}'; the entries are {entries}")
         state = content[names[0]]
     strip = len("module.") if all(k.startswith("module.") for k in state) else 0
     return {k[strip:]: v for k, v in state.items()}
 
 
 def load_checkpoint(
-    model: nn.Module, path: str | Path, key: str = "model", *, allow_new_head: bool = False
+    model: nn.Module, path: str | Path, key: str = DEFAULT_KEY, *, allow_new_head: bool = False
 ) -> tuple[str, ...]:
     """Load weights into `model`, recognising the format: ours, upstream's, a bare state dict, or safetensors.
 
     Args:
         model: The network that the weights were made for.
         path: The file.
-        key: Entry that holds the weights, such as "model" or "model_ema".
+        key: Entry that holds the weights, such as "model_ema"; several, separated by "|", in order of preference.
         allow_new_head: Leave a classifier of another shape at its initialisation.
 
     Returns:
@@ -98,25 +103,21 @@ def load_weights(
     if sum(k in names for k in state) > sum(k in target for k in state):
         state = {names.get(k, k): v for k, v in state.items()}
     state = {k: _fit(v, target[k]) if k in target else v for k, v in state.items()}
-    head = _head_keys(model)
-    wrong = _differences(state, target, target)
-    new_head = ()
-    if allow_new_head and wrong and all(any(k.startswith(h) for h in head) for k, _ in wrong):
-        new_head = tuple(k for k in target if any(k.startswith(h) for h in head))
-        state = {k: v for k, v in state.items() if not any(k.startswith(h) for h in head)}
-        wrong = []
-    if wrong:
-        lines = [text for _, text in wrong]
-        more = f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else ""
-        hint = (
-            "\nOnly the classifier differs: fine-tuning can start a new one (--finetune, allow_new_head=True)."
-            if all(any(k.startswith(h) for h in head) for k, _ in wrong)
-            else ""
-        )
-        raise CheckpointError(
-            f"{source}: the weights do not fit this {type(model).__name__}:\n  " + "\n  ".join(lines[:20]) + more + hint
-        )
-    model.load_state_dict({**{k: target[k] for k in new_head}, **state})
+    head = _head_prefixes(model)
+    wrong = _differences(state, target)
+    only_head = all(k.startswith(head) for k, _ in wrong)
+    if wrong and not (allow_new_head and only_head):
+        lines = [text for _, text in wrong[:20]]
+        if len(wrong) > len(lines):
+            lines.append(f"… and {len(wrong) - len(lines)} more")
+        if only_head:
+            lines.append(
+                "Only the classifier differs; fine-tuning can start a new one: --finetune, allow_new_head=True"
+            )
+        raise CheckpointError("\n  ".join([f"{source}: the weights do not fit this {type(model).__name__}:", *lines]))
+    new_head = tuple(k for k in target if k.startswith(head)) if wrong else ()
+    kept = {k: v for k, v in state.items() if not (wrong and k.startswith(head))}
+    model.load_state_dict({**kept, **{k: target[k] for k in new_head}})
     return new_head
 
 
@@ -154,25 +155,24 @@ def _fit(value: Tensor, target: Tensor) -> Tensor:
     return value.reshape(target.shape) if same else value
 
 
-def _differences(
-    state: Mapping[str, Tensor], target: Mapping[str, Tensor], order: Iterable[str]
-) -> list[tuple[str, str]]:
-    wrong = [(k, f"missing: {k} {tuple(target[k].shape)}") for k in order if k not in state]
-    wrong += [(k, f"unexpected: {k} {tuple(v.shape)}") for k, v in state.items() if k not in target]
-    wrong += [
-        (k, f"shape: {k} is {tuple(state[k].shape)} in the file, {tuple(target[k].shape)} in the model")
-        for k in order
-        if k in state and state[k].shape != target[k].shape
+def _differences(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Each key that does not fit, and what is wrong with it."""
+    missing = [(k, f"missing: {k} {tuple(v.shape)}") for k, v in target.items() if k not in state]
+    unexpected = [(k, f"unexpected: {k} {tuple(v.shape)}") for k, v in state.items() if k not in target]
+    shapes = [
+        (k, f"shape: {k} is {tuple(state[k].shape)} in the file, {tuple(v.shape)} in the model")
+        for k, v in target.items()
+        if k in state and state[k].shape != v.shape
     ]
-    return wrong
+    return missing + unexpected + shapes
 
 
-def _head_keys(model: nn.Module) -> list[str]:
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the keys that belong to the classifier, with the cells that it alone uses."""
     if not hasattr(model, "get_classifier"):
-        return []
+        return ()
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     heads = [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
     cells = [w for w, users in warehouse_users(model).items() if all(user in heads for user in users)]
-    return [f"{name}." for name in heads] + cells
+    return (*(f"{name}." for name in heads), *cells)

@@ -54,6 +54,9 @@ def test_ema_is_read_when_asked_for_and_missed_when_absent(net, tmp_path):
     other = build_model(NARROW)
     load_checkpoint(other, tmp_path / "both.pth", key="model_ema")
     assert torch.equal(other.conv1.weight, net.conv1.weight + 1)
+    torch.save(net.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(CheckpointError, match="no weights under 'model_ema'"):
+        load_checkpoint(other, tmp_path / "bare.pth", key="model_ema")
     torch.save({"model": net.state_dict()}, tmp_path / "one.pth")
     with pytest.raises(CheckpointError, match=r"no weights under 'model_ema'; the entries are model"):
         load_checkpoint(other, tmp_path / "one.pth", key="model_ema")
