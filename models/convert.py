@@ -42,6 +42,9 @@ def plan_conversion(
         raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
     family = find_family(net)
     groups = _group(net, layers, family, config, example_input)
+    for name in groups:
+        if not name.isidentifier():
+            raise ValueError(f"warehouse {name!r}: a name may hold letters, digits and underscores only")
     for name in itertools.chain.from_iterable(groups.values()):
         _check_layer(net, name, layers[name])
     for field in ("cell_num_ratio", "cell_inplane_ratio", "cell_outplane_ratio", "nonlocal_basis_ratio"):
@@ -84,18 +87,7 @@ def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True)
         ValueError: The plan does not fit the network, which is then left unchanged.
     """
     _check_network(net)
-    modules = dict(net.named_modules())
-    old = {}
-    for layer in plan.layers:
-        module = modules.get(layer.name)
-        if module is None or type(module).__name__ != layer.kind or _kernel(module, layer.kernel) != layer.kernel:
-            found = "no such layer" if module is None else f"{type(module).__name__} {tuple(module.weight.shape)}"
-            raise ValueError(f"the plan expects {layer.name} to be a {layer.kind} of {layer.kernel}, found {found}")
-        _check_layer(net, layer.name, module)
-        old[layer.name] = module
-    placed = {(m.weight.device, m.weight.dtype) for m in old.values()}
-    if len(placed) > 1:
-        raise ValueError(f"the layers to convert are on several devices or of several types: {placed}")
+    old = _find_layers(net, plan)
     weight = next(iter(old.values())).weight
     warehouses = Warehouses({w.name: w.shape for w in plan.warehouses}, weight.device, weight.dtype)
     new = {layer.name: _make_layer(layer, old[layer.name], plan, warehouses) for layer in plan.layers}
@@ -112,6 +104,23 @@ def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True)
     for name, layer in new.items():
         net.set_submodule(name, layer)
     return net
+
+
+def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
+    """The layers of `net` that the plan names, each checked to be what it expects."""
+    modules = dict(net.named_modules())
+    found = {}
+    for layer in plan.layers:
+        module = modules.get(layer.name)
+        if type(module).__name__ != layer.kind or _kernel(module, layer.kernel) != layer.kernel:
+            text = "no such layer" if module is None else repr(module).partition("\n")[0]
+            raise ValueError(f"the plan expects {layer.name} to be a {layer.kind} of {layer.kernel}, found {text}")
+        _check_layer(net, layer.name, module)
+        found[layer.name] = module
+    placed = {(m.weight.device, m.weight.dtype) for m in found.values()}
+    if len(placed) > 1:
+        raise ValueError(f"the layers to convert are on several devices or of several types: {placed}")
+    return found
 
 
 def warehouse_users(model: nn.Module) -> dict[str, list[str]]:

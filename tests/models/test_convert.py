@@ -271,6 +271,7 @@ class TestErrors:
             (KWConfig(cell_num_ratio=(1, 2)), r"cell_num_ratio holds 2 ratios, one for each of \d: stage"),
             (KWConfig(spatial_partition=False), "one kernel size"),
             (KWConfig(warehouses={".*": "all"}), "dimensions cannot share"),
+            (KWConfig(warehouses={".*conv2": "layer 2"}), "'layer 2': a name may hold letters"),
         ],
     )
     def test_configuration(self, config, message):
