@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
@@ -79,8 +80,10 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
         "ls_init_value": config.layer_scale_init_value,
         **config.model_kwargs,
     }
+    example = None
     if timm.get_pretrained_cfg_value(backbone, "fixed_input_size"):
         kwargs["img_size"] = config.input_size
+        example = torch.empty(2, config.in_chans, config.input_size, config.input_size, device="meta")
     try:
         net = timm.create_model(backbone, pretrained=config.pretrained, **kwargs)
     except TypeError as e:
@@ -93,11 +96,13 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
                 f"one is 'kw_{config.model}'"
             )
         return net
-    return _convert(net, KWConfig(**{**preset, **config.kw}), keep_weights=config.pretrained)
+    return _convert(net, KWConfig(**{**preset, **config.kw}), keep_weights=config.pretrained, example_input=example)
 
 
-def _convert(net: nn.Module, config: KWConfig, keep_weights: bool) -> nn.Module:
-    convert_(net, plan_conversion(net, config), keep_weights=keep_weights)
+def _convert(
+    net: nn.Module, config: KWConfig, *, keep_weights: bool, example_input: torch.Tensor | None = None
+) -> nn.Module:
+    convert_(net, plan_conversion(net, config, example_input=example_input), keep_weights=keep_weights)
     if type(net) is EfficientNet:
         net.__class__ = ConvertedEfficientNet
     return net

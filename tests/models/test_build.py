@@ -75,7 +75,9 @@ class TestBuildModel:
         assert net.drop_rate == 0.2
         assert net.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 11)
 
-    def test_transformers_take_the_input_size(self):
+    def test_networks_of_a_fixed_size_take_the_input_size(self):
+        mixer = build_model({"model": "kw_mixer_s32_224", "input_size": 64, "nb_classes": 2})
+        assert mixer.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 2)
         net = build_model("configs/deit_tiny/kw1x_deit_tiny.json", input_size=64, nb_classes=2)
         assert net.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 2)
 
