@@ -66,6 +66,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     fields.update(overrides or {})
     owners = known_fields()
     reject_unknown(fields, owners, name)
+    if "model" not in fields:
+        raise ConfigError(
+            f"{name}: field 'model' is missing; name a network, or read a configuration (--kw_config FILE)"
+        )
     parts = {cls: {k: v for k, v in fields.items() if owners[k] is cls} for cls in (KWConfig, ModelConfig, RunConfig)}
     kw = make(KWConfig, parts[KWConfig], name)
     kw_given = {k: getattr(kw, k) for k in KW_FIELDS if k in parts[KWConfig]}

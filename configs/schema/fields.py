@@ -102,8 +102,6 @@ def make(cls: type[T], fields: Mapping[str, Any], source: str) -> T:
         return cls(**values)
     except ConfigError as e:
         raise ConfigError(f"{source}: {e}") from None
-    except TypeError as e:  # a field without a default is missing
-        raise ConfigError(f"{source}: {str(e).split('()', 1)[-1].strip()}") from None
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -123,7 +123,12 @@ def test_damaged_and_missing_files(net, tmp_path):
         read_checkpoint(tmp_path / "none.pth")
     torch.save(net.state_dict(), tmp_path / "c.pth")
     whole = (tmp_path / "c.pth").read_bytes()
-    for name, content in (("half.pth", whole[: len(whole) // 2]), ("empty.pth", b""), ("text.pth", b"hello " * 99)):
+    for name, content in (
+        ("half.pth", whole[: len(whole) // 2]),
+        ("empty.pth", b""),
+        ("text.pth", b"hello " * 99),
+        ("words.pth", b"root:x:0:0"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
             read_checkpoint(tmp_path / name)
