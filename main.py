@@ -15,26 +15,41 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
-from kernelwarehouse.engine import NonFiniteLossError, evaluate_run, join, parse_arguments, train_run
+from kernelwarehouse.engine import (
+    EXIT_INTERRUPTED,
+    Interrupted,
+    NonFiniteLossError,
+    SaveError,
+    dry_run,
+    evaluate_run,
+    join,
+    parse_arguments,
+    train_run,
+)
 from kernelwarehouse.models import CheckpointError
 from kernelwarehouse.schema import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 for a training that diverged, 2 for what could not begin."""
+    """Run the command line; return its exit status, as --help describes it."""
     try:
         config = parse_arguments(arguments)
         with join(config.run) as world:
             if config.run.eval:
                 evaluate_run(config, world)
+            elif config.run.dry_run:
+                dry_run(config, world)
             else:
                 train_run(config, world)
     except (ConfigError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except NonFiniteLossError as e:
+    except (NonFiniteLossError, SaveError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -2,16 +2,32 @@
 
 from .build import build_dataset, build_datasets
 from .digits import Digits
-from .loaders import EvalSampler, build_eval_loader, build_train_loader
+from .folders import ClassFolders
+from .labels import Relabelled
+from .loaders import EvalSampler, begin_epoch, build_eval_loader, build_train_loader
+from .photographs import UNLABELLED, DataError, Photographs
+from .sampling import Draw, SeededDataset, TrainSampler
+from .shards import Shards, write_shards
 from .transforms import eval_transform, train_transform
 
 __all__ = [
+    "UNLABELLED",
+    "ClassFolders",
+    "DataError",
     "Digits",
+    "Draw",
     "EvalSampler",
+    "Photographs",
+    "Relabelled",
+    "SeededDataset",
+    "Shards",
+    "TrainSampler",
+    "begin_epoch",
     "build_dataset",
     "build_datasets",
     "build_eval_loader",
     "build_train_loader",
     "eval_transform",
     "train_transform",
+    "write_shards",
 ]

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from kernelwarehouse.schema import Config, ConfigError, RunConfig
 
 from .digits import Digits
+from .folders import ClassFolders
+from .photographs import Photographs
+from .shards import Shards
 from .transforms import eval_transform, train_transform
 
 TORCHVISION = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100, "FMNIST": FashionMNIST}
@@ -55,7 +58,10 @@ def build_dataset(config: Config, train: bool) -> Dataset:
     elif run.data_set in TORCHVISION:
         dataset = _torchvision(run, train, transform)
     else:
-        dataset = _class_folders(_split_folder(run, train), transform)
+        split = "train" if train else "val"
+        wds = run.data_set == "WDS"
+        source = Shards(Path(run.data_path), split) if wds else ClassFolders(_split_folder(run, train))
+        dataset = Photographs(source, transform, train, run.skip_corrupt)
     if len(dataset.classes) != config.model.nb_classes:
         where = "" if run.data_set == "DIGITS" else f" in {dataset.root}"
         raise ConfigError(
@@ -80,12 +86,3 @@ def _split_folder(run: RunConfig, train: bool) -> Path:
     if run.data_set == "image_folder" and run.eval_data_path is not None:
         return Path(run.data_path if train else run.eval_data_path)
     return Path(run.data_path) / ("train" if train else "val")
-
-
-def _class_folders(folder: Path, transform: Callable[[Any], Any]) -> ImageFolder:
-    if not folder.is_dir():
-        raise ConfigError(f"field 'data_path': no folder {folder}; expected one folder per class in it")
-    try:
-        return ImageFolder(folder, transform)
-    except FileNotFoundError as e:  # no class folder, or one without images
-        raise ConfigError(f"{folder}: {e}") from e

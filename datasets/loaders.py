@@ -1,11 +1,15 @@
 """Batches for one process of a run: shuffled and equal for training, every image exactly once for evaluation."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kernelwarehouse.schema import ConfigError, RunConfig
+
+from .sampling import SeededDataset, TrainSampler
 
 
 class EvalSampler(Sampler[int]):
@@ -32,20 +36,26 @@ class EvalSampler(Sampler[int]):
 def build_train_loader(dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Return the loader of training batches of exactly `run.batch_size` images.
 
-    Its sampler is a DistributedSampler also for one process: call `set_epoch` for each epoch's own order, which
-    depends on the seed and the epoch alone. What is left after the last full batch is dropped. Workers are seeded by
-    torch's random generator as it stands when the iteration begins.
+    Call `begin_epoch` before each iteration over it. What is left after the last full batch is dropped.
 
     Raises:
         ConfigError: Fewer images than one batch per process.
     """
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=run.seed, drop_last=True)
+    sampler = TrainSampler(len(dataset), rank, world_size, run.seed, repeats=3 if run.repeated_aug else 1)
     if len(sampler) < run.batch_size:
         raise ConfigError(
             f"field 'batch_size': {run.batch_size} images on each of {world_size} process(es) are more than the "
             f"{len(dataset)} training images"
         )
-    return _loader(dataset, sampler, run, drop_last=True)
+    return _loader(SeededDataset(dataset), sampler, run, drop_last=True)
+
+
+def begin_epoch(loader: DataLoader, epoch: int, batches_done: int = 0) -> None:
+    """Let the next iteration over a training loader be that epoch's, without the batches that are done already.
+
+    These are passed over in the order of the images; none is read or transformed.
+    """
+    loader.sampler.set_epoch(epoch, batches_done * loader.batch_size)
 
 
 def build_eval_loader(dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -61,4 +71,12 @@ def _loader(dataset: Dataset, sampler: Sampler[int], run: RunConfig, drop_last: 
         num_workers=run.num_workers,
         pin_memory=run.pin_mem and run.device != "cpu" and torch.cuda.is_available(),
         drop_last=drop_last,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # else each iteration would draw from the training's own
     )
+
+
+def _outlive_signals(_: int) -> None:
+    """Let a worker go on when torchrun or SLURM tell its group to end: the training still finishes its step."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

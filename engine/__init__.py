@@ -1,17 +1,22 @@
 """Training and evaluation: `train_run` and `evaluate_run` do what a configuration says."""
 
+from .checkpoint import SaveError
 from .cli import parse_arguments
 from .distributed import World, join
 from .evaluate import Metrics, evaluate
-from .run import evaluate_run, parameter_count, train_run
-from .state import Training
-from .train import NonFiniteLossError
+from .run import dry_run, evaluate_run, parameter_count, train_run
+from .signals import EXIT_INTERRUPTED, Interrupted
+from .state import NonFiniteLossError, Training
 
 __all__ = [
+    "EXIT_INTERRUPTED",
+    "Interrupted",
     "Metrics",
     "NonFiniteLossError",
+    "SaveError",
     "Training",
     "World",
+    "dry_run",
     "evaluate",
     "evaluate_run",
     "join",

@@ -1,30 +1,45 @@
 """Checkpoints of a training: written whole or not at all, read without running their pickles."""
 
+import hashlib
 import os
 import re
 import warnings
-import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from kernelwarehouse.models import CheckpointError, read_checkpoint
 
-NAME = re.compile(r"checkpoint-(\d+)\.pth")
-REQUIRED = {"model", "optimizer", "scaler", "epoch", "step", "best", "temperature", "config"}
+# checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
+NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+# The end of a zip archive is the length of its comment, in two bytes, and the comment: here a sum of all before it.
+DIGEST = hashlib.sha256().digest_size
+NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
+REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "temperature", "config", "processes"}
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written; those written before are as they were."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that `path` holds, at every moment, either what it held before or all of `state`."""
+    """Write `state` so that `path` holds, at every moment, either what it held before or all of `state`.
+
+    Raises:
+        SaveError: It cannot be written, such as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save(state, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch's writer turns errors of the file into its own
+        raise SaveError(f"{path}: could not be written, and is as it was before: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -41,11 +56,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
         CheckpointError: No such file, damage anywhere in it, a pickle that is more than data, or no training state.
     """
     path = Path(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch checks no sums of its own
-        if damaged:
-            raise CheckpointError(f"{path}: damaged: {damaged} has changed since it was written")
+    if path.is_file():
+        _check_seal(path)
     state = read_checkpoint(path)
     missing = sorted(REQUIRED - set(state))
     if missing:
@@ -77,15 +89,44 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Delete all numbered checkpoints in `folder` but the newest `keep`."""
-    for path in _numbered(folder)[keep:]:
+    """Delete all numbered checkpoints in `folder` but the newest `keep`, and half-written files of killed runs."""
+    for path in (*_numbered(folder)[keep:], *Path(folder).glob("checkpoint-*.pth.tmp")):
         path.unlink()
 
 
 def _numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints of single epochs, the newest first."""
-    paths = {p: NAME.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*.pth")}
-    return sorted((p for p, m in paths.items() if m), key=lambda p: int(paths[p][1]), reverse=True)
+    """The checkpoints of epochs and steps, the newest first."""
+    names = {p: NAME.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*.pth")}
+    ages = {p: (int(m[1]), float(m[2] or "inf")) for p, m in names.items() if m}
+    return sorted(ages, key=ages.get, reverse=True)
+
+
+def _seal(file: BinaryIO) -> None:
+    """Make a sum over a file of torch.save the comment that ends this zip archive."""
+    size = file.seek(-len(NO_COMMENT), os.SEEK_END)
+    digest = _digest(file, size)
+    file.seek(size)
+    file.write(SEALED + digest)
+
+
+def _check_seal(path: Path) -> None:
+    """Compare a sealed file with its sum. Torch checks none, and reads some damaged headers as other weights."""
+    with path.open("rb") as file:
+        size = max(file.seek(0, os.SEEK_END) - len(SEALED) - DIGEST, 0)
+        file.seek(size)
+        sealed, digest = file.read(len(SEALED)), file.read()
+        if sealed == SEALED and digest != _digest(file, size):
+            raise CheckpointError(f"{path}: damaged: it has changed since it was written")
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the first `size` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, 2**24))):
+        digest.update(block)
+        size -= len(block)
+    return digest.digest()
 
 
 def _read_or_warn(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,14 @@ from typing import Any, get_type_hints
 from kernelwarehouse.schema import Config, ConfigError, field_help, known_fields, load_config
 from kernelwarehouse.schema.fields import reject_unknown
 
+from .signals import EXIT_INTERRUPTED
+
+STATUS = (
+    "Exit status: 0 when all is done; 1 for a training that diverged or could not save; 2 for what cannot begin; "
+    f"{EXIT_INTERRUPTED} for a training that SIGTERM or SIGUSR1 told to end: it has finished its step and saved its "
+    "state, and the same command continues it."
+)
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     """Read the command line: the fields of `--kw_config`, and over them the options.
@@ -33,7 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser whose values are still strings, or absent: `load_config` knows their types and defaults."""
-    parser = argparse.ArgumentParser(description="Train or evaluate a network.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train or evaluate a network.", epilog=STATUS, allow_abbrev=False)
     parser.add_argument("--kw_config", metavar="FILE", help="JSON or YAML file whose fields the other options override")
     for owner in sorted(set(known_fields().values()), key=lambda cls: cls.__name__):
         group = parser.add_argument_group(owner.__name__.removesuffix("Config").lower())

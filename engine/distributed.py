@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,12 +40,28 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return `model` such that backward averages gradients over the processes."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's `value`, which can be pickled, in the order of ranks."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wrap(self, model: nn.Module, static_graph: bool) -> nn.Module:
+        """Return `model` such that backward averages gradients over the processes.
+
+        Args:
+            model: A network on this process's device.
+            static_graph: The same operations come at every step, each with all gradients: with that known, torch
+                communicates better. It fails on a first backward pass within `no_sync`.
+        """
         if not dist.is_initialized():
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph
+        )
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the buffers of the main one: each has updated its own normalisation statistics."""
@@ -55,26 +72,40 @@ class World:
 
 @contextmanager
 def join(run: RunConfig) -> Iterator[World]:
-    """Enter the run that torchrun or torch.distributed.launch started, or one of a single process.
+    """Enter the run that torchrun, torch.distributed.launch or SLURM's srun started, or one of a single process.
 
     The processes talk through NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ConfigError: `--device cuda` without a GPU, or more processes on this machine than GPUs.
+        ConfigError: `--device cuda` without a GPU, more processes on this machine than GPUs, or several tasks of srun
+            that are not told where to meet.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", max(run.local_rank, 0)))
+    rank, size, local_rank = _place(run)
     device = _device(run.device, local_rank)
-    if not launched:
+    if size is None:
         yield World(device)
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=run.dist_url, rank=rank, world_size=size)
     try:
         yield World(device, rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def _place(run: RunConfig) -> tuple[int, int | None, int]:
+    """This process's rank, the number of processes (None: nobody launched several), and its number on this machine."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", max(run.local_rank, 0)))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if run.dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            raise ConfigError(
+                "field 'dist_url': srun started several tasks; export MASTER_ADDR and MASTER_PORT before it, as "
+                "scripts/slurm_train.sh does"
+            )
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, None, max(run.local_rank, 0)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -1,15 +1,21 @@
 """What a run says and keeps: lines and a progress bar, log.txt, and TensorBoard's events; by the main process only."""
 
+import importlib
 import json
+import math
+import os
+import resource
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from kernelwarehouse.schema import RunConfig
+from kernelwarehouse.schema import ConfigError, RunConfig
 
 from .distributed import World
 
@@ -25,12 +31,14 @@ class Progress:
         total: Iterations to come.
         batch_size: Images of an iteration, over all processes.
         visible: Whether anything is shown.
+        done: Iterations that an earlier process has done.
     """
 
-    def __init__(self, title: str, total: int, batch_size: int, visible: bool):
+    def __init__(self, title: str, total: int, batch_size: int, visible: bool, done: int = 0):
         self.title, self.batch_size, self.visible = title, batch_size, visible
-        self.bar = tqdm(desc=title, total=total, unit="it", leave=False, disable=not visible or not sys.stderr.isatty())
-        self.total, self.done = total, 0
+        hidden = not visible or not sys.stderr.isatty()
+        self.bar = tqdm(desc=title, initial=done, total=total, unit="it", leave=False, disable=hidden)
+        self.total, self.before, self.done = total, done, done
         self.start = self.last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -45,15 +53,17 @@ class Progress:
         self.bar.update(iterations)
 
     def show(self, **figures: float) -> None:
-        """Show the current figures by name, beside the images per second so far."""
+        """Show the current figures by name, beside the images per second so far, the memory and the time left."""
         if not self.visible:
             return
         now = time.monotonic()
-        rate = self.done * self.batch_size / max(now - self.start, 1e-9)
-        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) + f", {rate:.0f} images/s"
+        rate = (self.done - self.before) * self.batch_size / max(now - self.start, 1e-9)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        text += f", {rate:.0f} images/s, {_memory() / 2**30:.1f} GiB"
         self.bar.set_postfix_str(text)
         if self.bar.disable and now - self.last_line > LINE_EVERY:
-            say(f"{self.title} [{self.done}/{self.total}] {text}")
+            left = (self.total - self.done) * self.batch_size / max(rate, 1e-9)
+            say(f"{self.title} [{self.done}/{self.total}] {text}, {tqdm.format_interval(left)} left")
             self.last_line = now
 
 
@@ -63,14 +73,21 @@ class RunLog:
     Args:
         run: Names `output_dir` for log.txt and `log_dir` for TensorBoard's events; empty means none.
         world: Only its main process writes.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
     """
 
     def __init__(self, run: RunConfig, world: World):
         self.visible = world.is_main
         self.file = Path(run.output_dir, "log.txt") if run.output_dir and self.visible else None
-        self.writer = SummaryWriter(run.log_dir) if run.log_dir and self.visible else None
+        self.log_dir = run.log_dir if self.visible else ""
+        self.writer: SummaryWriter | None = None
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.wandb = _wandb() if run.enable_wandb else None
+        if self.wandb and self.visible:
+            self.wandb.init(project="kernelwarehouse", name=Path(run.output_dir).name or None, config=vars(run))
 
     def __enter__(self) -> "RunLog":
         return self
@@ -78,6 +95,8 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.writer:
             self.writer.close()
+        if self.wandb and self.visible:
+            self.wandb.finish()
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -89,16 +108,53 @@ class RunLog:
         if self.file:
             self.file.with_name(name).write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
 
+    def start(self, epoch: int) -> None:
+        """Begin at that epoch: the record of it and of later ones, which an earlier process left, is taken back."""
+        if self.log_dir:
+            self.writer = SummaryWriter(self.log_dir, purge_step=epoch)
+        if self.file and self.file.exists():
+            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch(line) < epoch]
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            temporary.replace(self.file)
+
     def epoch(self, record: dict[str, Any]) -> None:
-        """Record the figures of an epoch, one JSON object a line; a repeated epoch appears again."""
+        """Record the figures of an epoch, one JSON object a line."""
         if self.file:
             with self.file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
+                f.flush()
+                os.fsync(f.fileno())  # before the checkpoint that makes the epoch done
         if self.writer:
             for name, value in record.items():
                 if name.startswith(("train_", "test_")):
                     self.writer.add_scalar(name, value, record["epoch"])
             self.writer.flush()
+        if self.wandb and self.visible:
+            self.wandb.log(record)
+
+
+def _epoch(line: str) -> float:
+    """The epoch that a line of log.txt records; none is so late as that of a line which a kill cut short."""
+    try:
+        return json.loads(line)["epoch"]
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _wandb() -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as e:
+        raise ConfigError(f"field 'enable_wandb': {e}; pip install wandb, or leave --enable_wandb out") from e
+
+
+def _memory() -> int:
+    """Most memory that the process has used so far, in bytes: the GPU's where it has one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def say(text: str) -> None:

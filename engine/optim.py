@@ -46,13 +46,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     layers = parameter_layers(model) if layer_decay != 1 else {}
     top = max(layers.values(), default=0)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
             scale = layer_decay ** (top - layers.get(name, top))
-            groups[weight_decay if decays else 0.0, scale].append(parameter)
-    return [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in groups.items()]
+            groups[decays, scale].append(parameter)
+    return [
+        {"params": p, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
+        for (decays, scale), p in groups.items()
+    ]
 
 
 def parameter_layers(model: nn.Module) -> dict[str, int]:

@@ -1,30 +1,32 @@
 """A whole run: from a configuration to a trained network, or to the accuracy of a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kernelwarehouse.datasets import build_dataset, build_datasets, build_eval_loader, build_train_loader
-from kernelwarehouse.models import CheckpointError, build_model, load_checkpoint, read_checkpoint, set_temperature
+from kernelwarehouse.datasets import Relabelled, build_dataset, build_datasets, build_eval_loader, build_train_loader
+from kernelwarehouse.models import build_model, load_checkpoint, read_checkpoint, set_temperature
 from kernelwarehouse.schema import Config, ConfigError
 
-from .checkpoint import newest_checkpoint, prune_checkpoints, read_state, save_checkpoint
 from .distributed import World
-from .evaluate import Metrics, evaluate
-from .log import Progress, RunLog
-from .state import Training
+from .dry_run import describe
+from .evaluate import Metrics, at_size, evaluate, predict
+from .keeper import Keeper
+from .log import Progress, RunLog, say
+from .report import say_corrupt, write_reports
+from .resume import check_agreement, find_checkpoint, keep_total_batch, resume
+from .signals import heed_signals
+from .state import NonFiniteLossError, Training
 from .train import train_epoch
-
-BEST = {"model": "checkpoint-best.pth", "model_ema": "checkpoint-best-ema.pth"}
 
 
 def evaluate_run(config: Config, world: World) -> Metrics:
     """Evaluate the weights in `resume`, or timm's pretrained ones, and print the result.
 
-    With an `output_dir`, eval.json keeps it.
+    With an `output_dir`, eval.json keeps it; of several sizes, the last.
 
     Raises:
         ConfigError: Neither is given, or the data cannot be read.
@@ -33,19 +35,39 @@ def evaluate_run(config: Config, world: World) -> Metrics:
     run = config.run
     if not run.resume and not config.model.pretrained:
         raise ConfigError("field 'resume': nothing to evaluate; pass --resume CHECKPOINT, or --pretrained true")
-    loader = build_eval_loader(build_dataset(config, train=False), run, world.rank, world.size)
+    sizes = run.eval_sizes or (config.model.input_size,)
+    loaders = {
+        size: _eval_loader(replace(config, model=replace(config.model, input_size=size)), world) for size in sizes
+    }
     model = _build(config)
     if run.resume:
         load_checkpoint(model, run.resume, run.model_key)
         # Ours say at which temperature the weights were trained last; every other file is taken as trained to the end.
         set_temperature(model, read_checkpoint(run.resume).get("temperature", 0.0))
-    metrics = evaluate(model.to(world.device), loader, run, world)
-    rate, size = metrics.images / metrics.seconds, parameter_count(model)
-    kept = {"checkpoint": run.resume, "n_parameters": size, "images_per_second": rate, **vars(metrics)}
+    model, parameters = model.to(world.device), parameter_count(model)
     with RunLog(run, world) as log:
-        log.keep("eval.json", kept)
-        log.say(f"{config.model.model}: {size:,} parameters, {metrics.images} images at {rate:.0f} images/s")
-        log.say(str(metrics))
+        for size, loader in loaders.items():
+            metrics, predictions = predict(at_size(model, size), loader, run, world)
+            rate = metrics.images / metrics.seconds
+            log.keep(
+                "eval.json",
+                {
+                    "checkpoint": run.resume,
+                    "n_parameters": parameters,
+                    "images_per_second": rate,
+                    "input_size": size,
+                    **vars(metrics),
+                },
+            )
+            left_out = f", {metrics.unlabelled} left out without a label" if metrics.unlabelled else ""
+            log.say(
+                f"{config.model.model}: {parameters:,} parameters, {metrics.images} images of {size} pixels{left_out}, "
+                f"{rate:.0f} images/s"
+            )
+            log.say(str(metrics))
+            say_corrupt(loader.dataset, world, log)
+            if world.is_main:
+                write_reports(run, loader.dataset, predictions)
     return metrics
 
 
@@ -55,8 +77,48 @@ def train_run(config: Config, world: World) -> Training:
     Raises:
         ConfigError: The data, the model and the recipe do not go together; before the first step.
         CheckpointError: A checkpoint to start from cannot be used.
+        SaveError: A checkpoint cannot be written.
         NonFiniteLossError: The training diverged.
+        Interrupted: A signal told it to end; its state is saved where checkpoints are kept.
     """
+    with heed_signals() as notice:
+        training, train_loader, eval_loader, path = _prepare(config, world)
+        with RunLog(config.run, world) as log:
+            log.keep("config.json", training.config.to_fields())
+            log.say(
+                f"{config.model.model}: {parameter_count(training.model):,} parameters, {len(train_loader.dataset)} "
+                f"images to train and {len(eval_loader.dataset) if eval_loader else 0} to evaluate, on {world.size} × "
+                f"{world.device.type}"
+            )
+            if path:
+                log.say(
+                    f"continuing from {path}: {training.epoch} of {config.run.epochs} epochs and {training.iteration} "
+                    f"of the next one's {len(train_loader)} iterations are done"
+                )
+            log.start(training.epoch)
+            fit(training, train_loader, eval_loader, log, Keeper(training, notice, path))
+        for loader in filter(None, (train_loader, eval_loader)):
+            say_corrupt(loader.dataset, world, log)
+    return training
+
+
+def dry_run(config: Config, world: World) -> None:
+    """Print what training as `config` says would be, with estimates of its memory and time; write nothing.
+
+    Raises:
+        ConfigError, CheckpointError: As `train_run`.
+    """
+    training, *_ = _prepare(config, world)
+    text = describe(training)
+    if world.is_main:
+        say(text)
+
+
+def _prepare(config: Config, world: World) -> tuple[Training, DataLoader, DataLoader | None, Path | None]:
+    """Make all that a training needs, where a checkpoint left it; also return that checkpoint's path."""
+    found = find_checkpoint(config.run)
+    if found:
+        config = keep_total_batch(config, found.state, world)
     run = config.run
     train_set, eval_set = (build_dataset(config, train=True), None) if run.disable_eval else build_datasets(config)
     train_loader = build_train_loader(train_set, run, world.rank, world.size)
@@ -66,52 +128,39 @@ def train_run(config: Config, world: World) -> Training:
     if run.finetune:
         load_checkpoint(model, run.finetune, run.model_key, allow_new_head=True)
     training = Training.build(model.to(world.device), config, world, len(train_loader))
-    with RunLog(run, world) as log:
-        log.keep("config.json", config.to_fields())
-        log.say(
-            f"{config.model.model}: {parameter_count(model):,} parameters, {len(train_set)} images to train and "
-            f"{len(eval_set) if eval_set else 0} to evaluate, on {world.size} × {world.device.type}"
-        )
-        resume(training, log)
-        fit(training, train_loader, eval_loader, log)
-    return training
-
-
-def resume(training: Training, log: RunLog) -> None:
-    """Continue from the checkpoint that the run names, or from the newest in its folder."""
-    run = training.run
-    found = None
-    if run.resume:
-        found = Path(run.resume), read_state(run.resume)
-    elif run.auto_resume and run.output_dir:
-        found = newest_checkpoint(run.output_dir)
     if found:
-        path, state = found
-        try:
-            training.load_state_dict(state)
-        except CheckpointError as e:
-            raise CheckpointError(f"{path}: {e}") from e
-        log.say(f"continuing from {path}: {training.epoch} of {run.epochs} epochs are done")
+        resume(training, found)
+    path = found.path if found else None
+    check_agreement(training, path)
+    return training, train_loader, eval_loader, path
 
 
-def fit(training: Training, train_loader: DataLoader, eval_loader: DataLoader | None, log: RunLog) -> None:
+def fit(
+    training: Training, train_loader: DataLoader, eval_loader: DataLoader | None, log: RunLog, keeper: Keeper
+) -> None:
     """Train the epochs that are left; evaluate (where there is a loader for it), record and save after each."""
-    run, world = training.run, training.world
+    run, world, schedule = training.run, training.world, training.schedule
     while training.epoch < run.epochs:
-        epoch, was_annealing = training.epoch, training.temperature > 0
-        random_seed(_epoch_seed(run.seed, epoch, world.rank))
-        with Progress(f"epoch {epoch}", len(train_loader), run.batch_size * world.size, log.visible) as progress:
-            figures = train_epoch(training, train_loader, progress)
-        training.set_temperature()
-        if was_annealing and training.temperature == 0:
-            training.best.clear()  # accuracies at a temperature that the trained network does not have
-        record = {"epoch": epoch, "n_parameters": parameter_count(training.model)}
-        record |= {f"train_{name}": value for name, value in figures.items()}
-        improved = evaluate_epoch(training, eval_loader, record) if eval_loader else []
-        log.epoch(record)
-        log.say(_summary(record, run.epochs))
-        if world.is_main and run.output_dir and run.save_ckpt:
-            save_epoch(training, improved)
+        epoch = training.epoch
+        was_annealing = schedule.temperature(epoch * schedule.iterations_per_epoch) > 0
+        training.begin_epoch()
+        batch, done = run.batch_size * world.size, training.iteration
+        try:
+            with Progress(f"epoch {epoch}", len(train_loader), batch, log.visible, done) as progress:
+                figures = train_epoch(training, train_loader, progress, keeper)
+            training.end_epoch()
+            training.set_temperature()
+            if was_annealing and training.temperature == 0:
+                training.best.clear()  # accuracies at a temperature that the trained network does not have
+            record = {"epoch": epoch, "n_parameters": parameter_count(training.model)}
+            record |= {f"train_{name}": value for name, value in figures.items()}
+            improved = evaluate_epoch(training, eval_loader, record) if eval_loader else []
+            log.epoch(record)
+            log.say(_summary(record, run.epochs))
+            keeper.epoch_done(improved)
+        except NonFiniteLossError as e:
+            newest = f"the last good checkpoint is {keeper.newest}" if keeper.newest else "there is no checkpoint yet"
+            raise NonFiniteLossError(f"{e}; {newest}") from e
 
 
 def evaluate_epoch(training: Training, loader: DataLoader, record: dict[str, float]) -> list[str]:
@@ -131,20 +180,16 @@ def evaluate_epoch(training: Training, loader: DataLoader, record: dict[str, flo
     return improved
 
 
-def save_epoch(training: Training, improved: list[str]) -> None:
-    """Save the epoch just done: as the best of its kind, and by its number when that is due."""
-    run, folder = training.run, Path(training.run.output_dir)
-    state = training.state_dict()
-    if training.epoch % run.save_ckpt_freq == 0 or training.epoch == run.epochs:
-        save_checkpoint(folder / f"checkpoint-{training.epoch - 1}.pth", state)
-        prune_checkpoints(folder, run.save_ckpt_num)
-    for key in improved:
-        save_checkpoint(folder / BEST[key], state)
-
-
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _eval_loader(config: Config, world: World) -> DataLoader:
+    dataset = build_dataset(config, train=False)
+    if config.run.eval_labels:
+        dataset = Relabelled(dataset, config.run.eval_labels)
+    return build_eval_loader(dataset, config.run, world.rank, world.size)
 
 
 def _build(config: Config) -> nn.Module:
@@ -152,11 +197,6 @@ def _build(config: Config) -> nn.Module:
         return build_model(config.model)
     except ValueError as e:
         raise ConfigError(str(e)) from e
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """A seed for each epoch of each process, so that a resumed training draws what an uninterrupted one draws."""
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
 
 
 def _summary(record: dict[str, float], epochs: int) -> str:

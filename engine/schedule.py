@@ -1,4 +1,4 @@
-"""Learning rate and temperature as pure functions of how far the training is."""
+"""Learning rate, weight decay and temperature as pure functions of how far the training is."""
 
 import math
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ class Schedule:
         warmup_steps: Updates over which the learning rate rises linearly to its peak.
         peak_lr: Highest learning rate.
         min_lr: Where the cosine ends.
+        weight_decay: Weight decay at the start, and its end.
         anneal_iterations: Iterations over which the temperature falls linearly to 0.
         peak_temperature: Where the temperature starts.
     """
@@ -29,6 +30,7 @@ class Schedule:
     warmup_steps: int
     peak_lr: float
     min_lr: float
+    weight_decay: tuple[float, float]
     anneal_iterations: float
     peak_temperature: float
 
@@ -55,6 +57,7 @@ class Schedule:
             warmup_steps=warmup,
             peak_lr=run.lr,
             min_lr=run.min_lr,
+            weight_decay=(run.weight_decay, run.weight_decay if (end := run.weight_decay_end) is None else end),
             anneal_iterations=run.temp_epoch * iterations_per_epoch,
             peak_temperature=run.temp_init_value,
         )
@@ -64,7 +67,12 @@ class Schedule:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
-        return self.min_lr + (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return _cosine(self.peak_lr, self.min_lr, progress)
+
+    def decay(self, step: int) -> float:
+        """Return the weight decay of update number `step`, counted from 0."""
+        start, end = self.weight_decay
+        return _cosine(start, end, step / self.total_steps) if start != end else start
 
     def temperature(self, iteration: int) -> float:
         """Return the temperature of micro-batch number `iteration`, counted from 1 over all epochs."""
@@ -77,3 +85,14 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group, scaled by the group's own `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: Optimizer, decay: float) -> None:
+    """Set the weight decay of the parameter groups that decay."""
+    for group in optimizer.param_groups:
+        if group["decays"]:
+            group["weight_decay"] = decay
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

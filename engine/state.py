@@ -1,23 +1,31 @@
 """Everything that a training changes, in one place: what a step updates, and what a checkpoint holds."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from kernelwarehouse.models import CheckpointError, set_temperature, warehouse_users
+from kernelwarehouse.models import CheckpointError, conversion_plan, set_temperature, warehouse_users
 from kernelwarehouse.schema import Config, ConfigError, RunConfig
 
 from .amp import grad_scaler
 from .distributed import World
+from .freeze import freeze_parameters
 from .optim import build_optimizer
+from .rng import generator_states, restore_generators, seed_generators
 from .schedule import Schedule
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number, again and again."""
 
 
 @dataclass
@@ -34,9 +42,13 @@ class Training:
         world: This process's place.
         mixup: Mixes images and targets of a batch; None without mixup and cutmix.
         ema: The moving average of the weights; None without.
+        losses: Sum and number of the finite losses of this process in the epoch, on the device; float64.
         epoch: Epochs done.
-        step: Updates done.
+        iteration: Micro-batches of the next epoch that are done; between steps it counts whole steps.
+        skipped: Steps of this epoch that were skipped because their loss was not finite.
+        bad_steps: How many of them came in a row, up to now.
         best: Best top-1 so far, in percent, of "model" and of "model_ema".
+        generators: Random states with which to continue an epoch; None at its beginning.
     """
 
     model: nn.Module
@@ -46,35 +58,46 @@ class Training:
     schedule: Schedule
     config: Config
     world: World
+    losses: Tensor
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     epoch: int = 0
-    step: int = 0
+    iteration: int = 0
+    skipped: int = 0
+    bad_steps: int = 0
     best: dict[str, float] = field(default_factory=dict)
+    generators: dict[str, Any] | None = None
 
     @classmethod
     def build(cls, model: nn.Module, config: Config, world: World, iterations_per_epoch: int) -> "Training":
         """Prepare to train `model`, which is on its device already, as `config` says.
 
         Raises:
-            ConfigError: An optimizer, warm-up or mixing that cannot be.
+            ConfigError: An optimizer, warm-up, mixing, freezing or normalisation that cannot be.
         """
         run = config.run
+        freeze_parameters(model, run.freeze)
+        if run.sync_bn:
+            if world.device.type != "cuda":
+                raise ConfigError("field 'sync_bn': torch normalises over processes on GPUs only; pass --sync_bn false")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if run.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         schedule = Schedule.build(run, iterations_per_epoch)
         if not warehouse_users(model):  # a static network has no temperature
             schedule = replace(schedule, anneal_iterations=0)
         training = cls(
             model=model,
-            parallel=world.wrap(model),
+            parallel=world.wrap(torch.compile(model) if run.compile else model, run.update_freq == 1),
             optimizer=build_optimizer(model, run),
             scaler=grad_scaler(run, world.device),
             schedule=schedule,
             config=config,
             world=world,
+            losses=torch.zeros(2, dtype=torch.float64, device=world.device),
             mixup=_mixup(config),
             ema=ModelEmaV3(model, decay=run.model_ema_decay) if run.model_ema else None,
             epoch=run.start_epoch,
-            step=run.start_epoch * schedule.steps_per_epoch,
         )
         training.set_temperature()
         return training
@@ -85,12 +108,17 @@ class Training:
         return self.config.run
 
     @property
+    def step(self) -> int:
+        """Updates done, skipped ones among them."""
+        return self.epoch * self.schedule.steps_per_epoch + math.ceil(self.iteration / self.run.update_freq)
+
+    @property
     def temperature(self) -> float:
-        """The temperature at the end of the last epoch done."""
-        return self.schedule.temperature(self.epoch * self.schedule.iterations_per_epoch)
+        """The temperature of the last micro-batch done."""
+        return self.schedule.temperature(self.epoch * self.schedule.iterations_per_epoch + self.iteration)
 
     def set_temperature(self) -> None:
-        """Give the model and its moving average the temperature at the end of the last epoch done."""
+        """Give the model and its moving average the temperature of the last micro-batch done."""
         set_temperature(self.model, self.temperature)
         if self.ema is not None:
             set_temperature(self.ema.module, self.temperature)
@@ -99,17 +127,42 @@ class Training:
         """Return the context of a micro-batch whose gradients stay in this process."""
         return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
 
+    def begin_epoch(self) -> None:
+        """Seed this process for its next epoch, or restore it where an epoch goes on."""
+        if self.generators is not None:
+            restore_generators(self.generators)
+            self.generators = None
+        else:
+            seed_generators(self.run.seed, self.epoch, self.world.rank, self.iteration)
+
+    def end_epoch(self) -> None:
+        """Count the epoch as done."""
+        self.epoch, self.iteration, self.skipped = self.epoch + 1, 0, 0
+        self.losses.zero_()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint; `epoch` in it is the number of the last epoch done, counted from 0."""
+        """Return a checkpoint, in plain values and tensors; every process has to call it at the same step.
+
+        `epoch` in it is the number of the last epoch done, counted from 0; `processes` holds what differs between
+        the processes, in the order of their ranks.
+        """
+        plan = conversion_plan(self.model)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch - 1,
+            "iteration": self.iteration,
+            "iterations_per_epoch": self.schedule.iterations_per_epoch,
             "step": self.step,
+            "skipped": self.skipped,
+            "bad_steps": self.bad_steps,
             "best": dict(self.best),
             "temperature": self.temperature,
+            "processes": self.world.gather({"generators": generator_states(), "losses": self.losses.tolist()}),
             "config": self.config.to_fields(),
+            "plan": plan.to_dict() if plan else None,
+            "versions": {name: version(name) for name in ("torch", "timm", "kernelwarehouse")},
         }
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
@@ -117,6 +170,9 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; a moving average that it lacks starts from its weights.
+
+        With another number of processes than it was written by, the total batch has to be the same. Each process then
+        draws from generators of its own; otherwise everything goes on as it would have.
 
         Raises:
             CheckpointError: It belongs to another model or optimizer.
@@ -130,8 +186,23 @@ class Training:
             raise CheckpointError(f"the checkpoint belongs to another model or optimizer: {e}") from e
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step, self.best = state["epoch"] + 1, state["step"], dict(state["best"])
+        self.epoch, self.best = state["epoch"] + 1, dict(state["best"])
+        self.skipped, self.bad_steps = state["skipped"], state["bad_steps"]
+        steps = math.ceil(state["iteration"] / state["config"]["update_freq"])
+        whole = state["iteration"] == state["iterations_per_epoch"]
+        self.iteration = self.schedule.iterations_per_epoch if whole else steps * self.run.update_freq
+        if self.iteration:
+            self._restore_process(state["processes"])
         self.set_temperature()
+
+    def _restore_process(self, processes: list[dict[str, Any]]) -> None:
+        """Take over what this process, or all together, had when the epoch was interrupted."""
+        if len(processes) == self.world.size:
+            mine = processes[self.world.rank]
+            self.generators = mine["generators"]
+            self.losses.copy_(torch.tensor(mine["losses"], dtype=torch.float64))
+        elif self.world.is_main:
+            self.losses.copy_(torch.tensor([p["losses"] for p in processes], dtype=torch.float64).sum(0))
 
 
 def _mixup(config: Config) -> Mixup | None:

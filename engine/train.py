@@ -1,111 +1,166 @@
 """One epoch of training."""
 
-import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kernelwarehouse.datasets import begin_epoch
 from kernelwarehouse.models import set_temperature
 
 from .amp import autocast
+from .distributed import World
+from .freeze import train_mode
+from .keeper import Keeper
 from .log import Progress
-from .schedule import set_lr
-from .state import Training
+from .schedule import set_lr, set_weight_decay
+from .signals import Interrupted
+from .state import NonFiniteLossError, Training
 
-# The loss is read back, which waits for the GPU, only every so many steps.
+# The mean loss is read back, which waits for the GPU, only every so many steps.
 READ_EVERY = 20
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number."""
+class Votes(NamedTuple):
+    """What at least one of the processes has found in a step: a loss that is not finite, and two wishes."""
+
+    bad: bool
+    stop: bool
+    save: bool
 
 
-class LossMeter:
-    """The mean of losses that stay on the device until they are read."""
+class Poll:
+    """Asks all processes in the middle of a step, and knows at its end; the GPU does not wait for the answer.
 
-    def __init__(self, device: torch.device):
-        self.unread = torch.zeros((), dtype=torch.float64, device=device)
-        self.total, self.seen, self.read_up_to = 0.0, 0, 0
+    Args:
+        world: This process's place.
+        finite: Whether this process's losses are, a scalar on its device.
+        stop: Whether it has been told to end.
+        save: Whether it finds that a checkpoint is due.
+    """
 
-    def add(self, loss: Tensor) -> None:
-        """Count the loss of a micro-batch, without waiting for it."""
-        self.unread += loss.detach()
-        self.seen += 1
+    def __init__(self, world: World, finite: Tensor, stop: bool, save: bool):
+        wishes = torch.tensor([stop, save], dtype=torch.float32).to(world.device, non_blocking=True)
+        ballot = torch.cat([(~finite).float().view(1), wishes])
+        self.sums = world.reduce(ballot).to("cpu", non_blocking=True)
+        self.counted = torch.cuda.Event() if world.device.type == "cuda" else None
+        if self.counted:
+            self.counted.record()
 
-    def read(self) -> float:
-        """Wait for the device and return the mean of the losses since the last reading.
-
-        Raises:
-            NonFiniteLossError: It is not finite.
-        """
-        start, self.read_up_to, value = self.read_up_to, self.seen, self.unread.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} within iterations {start} to {self.seen - 1}; a lower --lr, --clip_grad or "
-                "--amp_dtype bfloat16 may help"
-            )
-        self.total += value
-        self.unread.zero_()
-        return value / (self.seen - start)
+    def votes(self) -> Votes:
+        """Wait until all have answered; on a GPU that is before the backward pass ends."""
+        if self.counted:
+            self.counted.synchronize()
+        return Votes(*(count > 0 for count in self.sums.tolist()))
 
 
-def train_epoch(training: Training, loader: DataLoader, progress: Progress) -> dict[str, float]:
-    """Train for one epoch, `training.epoch`, and count it.
+class BufferCopy:
+    """A second copy of a model's buffers, from which to undo what a bad step has done to running statistics."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = list(model.buffers())
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    def take(self) -> None:
+        """Copy the buffers as they are now."""
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
+
+    def restore(self) -> None:
+        """Make the buffers what they were when they were copied."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
+
+
+def train_epoch(training: Training, loader: DataLoader, progress: Progress, keeper: Keeper) -> dict[str, float]:
+    """Train what is left of an epoch, `training.epoch`.
+
+    A step whose loss is not finite changes nothing but the position, and is counted.
 
     Args:
         training: What is trained and how; it changes in place.
         loader: This process's micro-batches, all of one size. Every `run.update_freq` of them make a step; the last
             step of the epoch takes those that are left.
         progress: Told of each step.
+        keeper: Writes checkpoints between steps, and hears of signals.
 
     Returns:
-        The mean loss over all processes, the last learning rate, and the last temperature if there is one.
+        The mean loss over all processes, the last learning rate, the last temperature if there is one, and the number
+        of skipped steps if there were any.
 
     Raises:
-        NonFiniteLossError: At the latest `READ_EVERY` steps after the loss was not finite, and before the epoch ends.
+        NonFiniteLossError: More than `run.max_bad_steps` steps in a row had a loss that is not finite.
+        Interrupted: A signal told a process to end; the state is saved.
     """
-    run, world = training.run, training.world
+    run, schedule, batches = training.run, training.schedule, len(loader)
+    train_mode(training.model)
+    buffers = BufferCopy(training.model)
+    shown = training.losses.tolist()
+    begin_epoch(loader, training.epoch, training.iteration)
+    remaining = iter(loader)
+    while training.iteration < batches:
+        window = range(training.iteration, min(training.iteration + run.update_freq, batches))
+        set_lr(training.optimizer, schedule.lr(training.step))
+        set_weight_decay(training.optimizer, schedule.decay(training.step))
+        buffers.take()
+        votes = accumulate_gradients(training, islice(remaining, len(window)), window, keeper)
+        if votes.bad:
+            buffers.restore()
+            skip_step(training, window)
+        else:
+            training.bad_steps = 0
+            update_weights(training)
+        training.iteration = window.stop
+        progress.advance(len(window))
+        if training.step % READ_EVERY == 0 or window.stop == batches:
+            total, count = training.losses.tolist()
+            mean = (total - shown[0]) / max(count - shown[1], 1)
+            progress.show(loss=mean, **_rates(training))
+            shown = [total, count]
+        keeper.step_done(votes.save or votes.stop)
+        if votes.stop:
+            raise Interrupted("told to end by a signal")
+    total, count = training.world.reduce(training.losses).tolist()
+    skipped = {"skipped_steps": training.skipped} if training.skipped else {}
+    return {"loss": total / max(count, 1), **_rates(training), **skipped}
+
+
+def accumulate_gradients(
+    training: Training, batches: Iterator[tuple[Tensor, Tensor]], window: range, keeper: Keeper
+) -> Votes:
+    """Add up the gradients of the micro-batches of a step, whose numbers in the epoch are `window`."""
+    run, world, schedule = training.run, training.world, training.schedule
     # With mixup or cutmix the targets are probabilities, already smoothed.
     criterion = partial(F.cross_entropy, label_smoothing=0.0 if training.mixup else run.smoothing)
-    training.model.train()
-    loader.sampler.set_epoch(training.epoch)
-    batches, before = len(loader), training.epoch * len(loader)
-    meter = LossMeter(world.device)
-    annealed: dict[str, float] = {}
-    for index, (images, targets) in enumerate(loader):
-        window_start = index - index % run.update_freq
-        window_end = min(window_start + run.update_freq, batches)
-        ends_window = index + 1 == window_end
-        if index == window_start:
-            set_lr(training.optimizer, lr := training.schedule.lr(training.step))
-        if training.schedule.anneal_iterations:
-            annealed["temperature"] = training.schedule.temperature(before + index + 1)
-            set_temperature(training.model, annealed["temperature"])
-
+    before = training.epoch * schedule.iterations_per_epoch
+    finite = torch.ones((), dtype=torch.bool, device=world.device)
+    poll = None
+    for index, (images, targets) in zip(window, batches, strict=True):
+        if schedule.anneal_iterations:
+            set_temperature(training.model, schedule.temperature(before + index + 1))
         images, targets = (t.to(world.device, non_blocking=True) for t in (images, targets))
         if training.mixup:
             images, targets = training.mixup(images, targets)
+        if run.channels_last:
+            images = images.to(memory_format=torch.channels_last)
         # Gradients travel between processes once a step, with the last micro-batch.
-        with nullcontext() if ends_window else training.no_sync():
+        ends_step = index + 1 == window.stop
+        with nullcontext() if ends_step else training.no_sync():
             with autocast(run, world.device):
                 loss = criterion(training.parallel(images), targets)
-            training.scaler.scale(loss / (window_end - window_start)).backward()
-        meter.add(loss)
-
-        if ends_window:
-            update_weights(training)
-            progress.advance(window_end - window_start)
-            if training.step % READ_EVERY == 0 or window_end == batches:
-                progress.show(loss=meter.read(), lr=lr, **annealed)
-    training.epoch += 1
-    loss = (
-        world.reduce(torch.tensor(meter.total / batches, dtype=torch.float64, device=world.device)).item() / world.size
-    )
-    return {"loss": loss, "lr": lr, **annealed}
+            finite &= loss.detach().isfinite()
+            if ends_step:
+                poll = Poll(world, finite, keeper.told_to_end, keeper.save_is_due(training.step + 1))
+            training.scaler.scale(loss / len(window)).backward()
+        counted = torch.stack([loss.detach(), torch.ones_like(loss)])
+        training.losses += torch.where(counted[0].isfinite(), counted, 0)
+    return poll.votes()
 
 
 def update_weights(training: Training) -> None:
@@ -117,6 +172,32 @@ def update_weights(training: Training) -> None:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    training.step += 1
     if training.ema is not None:
         training.ema.update(training.model)
+
+
+def skip_step(training: Training, window: range) -> None:
+    """Clear the gradients of a step whose loss is not finite, and count it.
+
+    Raises:
+        NonFiniteLossError: It is one too many in a row.
+    """
+    training.optimizer.zero_grad()
+    if training.scaler.is_enabled():
+        training.scaler.update(training.scaler.get_scale() * training.scaler.get_backoff_factor())
+    training.skipped += 1
+    training.bad_steps += 1
+    if training.bad_steps > training.run.max_bad_steps:
+        raise NonFiniteLossError(
+            f"the loss was not finite in {training.bad_steps} step(s) in a row, the last time in epoch "
+            f"{training.epoch}, micro-batches {window.start} to {window.stop - 1}; a lower --lr, --clip_grad or "
+            "--amp_dtype bfloat16 may help"
+        )
+
+
+def _rates(training: Training) -> dict[str, float]:
+    """The learning rate and the temperature of the step just done."""
+    rates = {"lr": training.schedule.lr(training.step - 1)}
+    if training.schedule.anneal_iterations:
+        rates["temperature"] = training.temperature
+    return rates

@@ -1,18 +1,25 @@
-"""The scripts that compare runs."""
+"""The scripts that compare runs, show what a network does, and prepare data."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+
+from kernelwarehouse.datasets import Digits, eval_transform
+from kernelwarehouse.models import build_model, set_temperature
+from kernelwarehouse.schema import load_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -61,3 +68,89 @@ def test_the_picture_shows_what_each_run_has(runs, tmp_path):
     assert list(curves.values()) == [3, 1, 2, 1]
     figure.savefig(tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+QUICKSTART = "quickstart/kw1x_resnet18"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = load_config(QUICKSTART)
+    torch.manual_seed(0)
+    path = tmp_path / "checkpoint.pth"
+    torch.save(
+        {"model": build_model(config.model).state_dict(), "config": config.to_fields(), "temperature": 0.25}, path
+    )
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    digits, paths = Digits(train=False), [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, digits.images, strict=False):
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(path)
+    return paths
+
+
+def test_attention_is_shown_of_every_layer_at_the_stored_temperature(
+    checkpoint, pictures, tmp_path, monkeypatch, capsys
+):
+    module, output = script("show_attention"), tmp_path / "attention.png"
+    monkeypatch.setattr(
+        sys, "argv", ["show_attention.py", str(checkpoint), *map(str, pictures), "--output", str(output)]
+    )
+    assert module.main() == 0
+    assert "18 layers to 3 images" in capsys.readouterr().out
+    assert Image.open(output).size[0] > 1000
+
+
+def test_the_shown_attention_is_that_of_the_network(checkpoint, pictures):
+    module = script("show_attention")
+    model, config = module.load(checkpoint, "model")
+    images = module.read_images(pictures, config)
+    np.testing.assert_allclose(images.mean(), model_input(config).mean(), atol=0.01)
+    layers = module.collect(model, images)
+    assert [layer.name for layer in layers] == [layer.name for layer in model.warehouses.plan.layers]
+    for layer in layers:
+        assert layer.coefficients.shape == (3, *layer.assignment.shape)
+        assert (layer.coefficients - 0.25 * layer.assignment).abs().sum(dim=2).max() <= 0.75
+        assert layer.change > 0
+    set_temperature(model, 1.0)
+    for layer in module.collect(model, images):
+        assert torch.equal(layer.coefficients[0], layer.assignment)
+        assert layer.change == 0
+
+
+def model_input(config):
+    return torch.stack([eval_transform(config)(image) for image in Digits(train=False).images[:3]])
+
+
+def test_a_static_network_has_no_attention_to_show(tmp_path, pictures, monkeypatch, capsys):
+    config, path = load_config("quickstart/resnet18"), tmp_path / "static.pth"
+    torch.save({"model": build_model(config.model).state_dict(), "config": config.to_fields()}, path)
+    monkeypatch.setattr(sys, "argv", ["show_attention.py", str(path), str(pictures[0])])
+    assert script("show_attention").main() == 2
+    assert capsys.readouterr().err == f"error: {path}: {config.model.model} is a static network, without attention\n"
+
+
+def test_shards_are_made_of_class_folders(tmp_path, monkeypatch, capsys):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / split / name / "0.png")
+    arguments = [str(tmp_path / "images"), str(tmp_path / "shards"), "--images_per_shard", "1"]
+    monkeypatch.setattr(sys, "argv", ["make_shards.py", *arguments])
+    assert script("make_shards").main() == 0
+    assert "val: 2 images of 2 classes in 2 shards" in capsys.readouterr().out
+    names = ["train-000000.tar", "train-000001.tar", "train-index.npz", "val-000000.tar", "val-000001.tar"]
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [*names, "val-index.npz"]
+    assert script("make_shards").main() == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_the_two_loaders(monkeypatch, capsys):
+    monkeypatch.setattr(ImageOps, "posterize", ImageOps.posterize)  # which the script replaces
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py", "--images", "50", "--rounds", "1"])
+    script("benchmark_data").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["50", "ours", "timm", "ratio"]

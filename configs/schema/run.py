@@ -12,9 +12,11 @@ class RunConfig:
 
     Attributes:
         data_set: Which images: scikit-learn's digits (embedded, no path needed), ImageNet or any class folders
-            (train/ and val/ under data_path), torchvision's CIFAR or Fashion-MNIST files.
+            (train/ and val/ under data_path), WebDataset shards from scripts/make_shards.py, torchvision's CIFAR or
+            Fashion-MNIST files.
         data_path: Folder of the data.
         eval_data_path: Folder of the evaluation images of image_folder; default: val/ under data_path.
+        skip_corrupt: How many unreadable images each process passes over before it stops.
         num_workers: Loader processes.
         pin_mem: Page-locked memory for batches on their way to a GPU.
         batch_size: Images per process and micro-batch.
@@ -25,13 +27,20 @@ class RunConfig:
         device: Where to run; auto takes a GPU when there is one.
         use_amp: Mixed precision.
         amp_dtype: Type of mixed precision; float16 scales the loss.
+        channels_last: Images and kernels with their channels innermost, which tensor cores prefer.
+        compile: Compile the training's forward and backward passes (torch.compile).
+        sync_bn: Normalise over the batches of all processes together; GPUs only.
+        freeze: Regular expressions over parameter names; a parameter that one matches entirely is not trained. Shared
+            cells are frozen when they are named, or when all layers that mix from them are frozen.
         opt: Optimizer, any name of timm's factory.
         opt_eps: The optimizer's epsilon; default: its own.
         opt_betas: The optimizer's betas; default: its own.
         momentum: Momentum of SGD (Nesterov).
         weight_decay: Decay of matrices and kernels; never of biases and other vectors.
+        weight_decay_end: Where a cosine from weight_decay over the whole run ends; default: no schedule.
         layer_decay: Learning-rate factor from one layer down to the one below it.
         clip_grad: Largest norm of the gradient; default: no clipping.
+        max_bad_steps: Steps in a row that may be skipped because the loss is not finite; one more stops the run.
         lr: Peak learning rate, for the total batch, not scaled by anything.
         min_lr: Where the cosine ends.
         warmup_epochs: Epochs of linear warm-up.
@@ -52,28 +61,41 @@ class RunConfig:
         reprob: Probability of random erasing.
         remode: What fills the erased part.
         recount: Number of erased parts.
+        repeated_aug: Each image comes three times in a row, augmented anew (DeiT); an epoch sees a third of the images.
         train_interpolation: Interpolation of resizing.
         crop_pct: Share of the resized image that evaluation crops; default: 224/256, or 1 from 384 pixels.
         traditional_preprocess: Training images are only cropped and flipped, as in the MobileNetV2 recipes.
         imagenet_default_mean_and_std: Normalise by ImageNet's statistics, else by Inception's 0.5.
         output_dir: Folder for checkpoints and log.txt; empty: nothing is kept.
         log_dir: Folder for TensorBoard's events; empty: none.
+        enable_wandb: Record the run with Weights & Biases too, which must be installed.
         save_ckpt: Write checkpoints.
         save_ckpt_freq: Epochs between checkpoints.
-        save_ckpt_num: How many of them to keep, besides the best.
+        save_ckpt_steps: Optimizer steps between further checkpoints within an epoch; 0 for none.
+        save_ckpt_minutes: Minutes between further checkpoints within an epoch; 0 for none.
+        save_ckpt_num: How many checkpoints to keep, besides the best.
         auto_resume: Continue from the newest checkpoint in output_dir.
         resume: Checkpoint to continue from, or to evaluate with eval.
         finetune: Checkpoint whose weights to start from; a classifier of another size is replaced.
-        model_key: Entry of a checkpoint that holds the weights.
+        model_key: Entry of a checkpoint that holds the weights, model_ema for their moving average; of several,
+            separated by |, the first there is.
         eval: Evaluate only.
+        eval_sizes: Sides of the images in pixels to evaluate at, one after the other; default: input_size.
+        eval_labels: JSON file of other labels for evaluation: for each image, in the order of sorted file names, the
+            list of its acceptable classes (ImageNet-ReaL) or the only one; images with an empty list are left out.
+        per_class: CSV file for the accuracy of each class.
+        confusion: PNG file for the confusion matrix.
+        predictions: CSV file for the five most probable classes of each image.
+        dry_run: Print the plan, the recipe, and estimates of memory and time; then stop.
         disable_eval: No evaluation during training.
-        dist_url: How processes find each other.
+        dist_url: How processes find each other; the default is MASTER_ADDR and MASTER_PORT of the environment.
         local_rank: Set by torch.distributed.launch.
     """
 
-    data_set: Literal["DIGITS", "IMNET", "image_folder", "CIFAR10", "CIFAR100", "FMNIST"] = "DIGITS"
+    data_set: Literal["DIGITS", "IMNET", "image_folder", "WDS", "CIFAR10", "CIFAR100", "FMNIST"] = "DIGITS"
     data_path: str = ""
     eval_data_path: str | None = None
+    skip_corrupt: int = 0
     num_workers: int = 10
     pin_mem: bool = True
     batch_size: int = 64
@@ -84,13 +106,19 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_amp: bool = False
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    channels_last: bool = False
+    compile: bool = False
+    sync_bn: bool = False
+    freeze: tuple[str, ...] = ()
     opt: str = "adamw"
     opt_eps: float | None = 1e-8
     opt_betas: tuple[float, ...] | None = None
     momentum: float = 0.9
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
     layer_decay: float = 1.0
     clip_grad: float | None = None
+    max_bad_steps: int = 10
     lr: float = 4e-3
     min_lr: float = 1e-6
     warmup_epochs: float = 20
@@ -111,20 +139,30 @@ class RunConfig:
     reprob: float = 0.25
     remode: Literal["const", "rand", "pixel"] = "pixel"
     recount: int = 1
+    repeated_aug: bool = False
     train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
     crop_pct: float | None = None
     traditional_preprocess: bool = False
     imagenet_default_mean_and_std: bool = True
     output_dir: str = ""
     log_dir: str = ""
+    enable_wandb: bool = False
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
+    save_ckpt_steps: int = 0
+    save_ckpt_minutes: float = 0
     save_ckpt_num: int = 3
     auto_resume: bool = True
     resume: str = ""
     finetune: str = ""
-    model_key: str = "model"
+    model_key: str = "model|module|state_dict"
     eval: bool = False
+    eval_sizes: tuple[int, ...] = ()
+    eval_labels: str = ""
+    per_class: str = ""
+    confusion: str = ""
+    predictions: str = ""
+    dry_run: bool = False
     disable_eval: bool = False
     dist_url: str = "env://"
     local_rank: int = -1
@@ -136,6 +174,13 @@ class RunConfig:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay", "temp_init_value"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("skip_corrupt", self.skip_corrupt >= 0, "at least 0")
+        for name in ("save_ckpt_steps", "save_ckpt_minutes", "max_bad_steps"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("weight_decay_end", (self.weight_decay_end or 0) >= 0, "at least 0, or null for no schedule")
+        self._require("eval_sizes", all(size >= 1 for size in self.eval_sizes), "at least 1 pixel each")
+        one_size = len(self.eval_sizes) < 2 or not (self.per_class or self.confusion or self.predictions)
+        self._require("eval_sizes", one_size, "a single size where predictions are written or drawn")
         self._require("lr", self.lr > 0, "positive")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "positive, or null for none")

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from kernelwarehouse.engine import World
+from kernelwarehouse.engine.keeper import Keeper
+from kernelwarehouse.engine.log import Progress
+from kernelwarehouse.engine.signals import Notice
+from kernelwarehouse.engine.train import train_epoch
 from kernelwarehouse.schema import load_config
 
 TINY = {
@@ -26,7 +30,15 @@ TINY = {
 }
 
 
-@pytest.fixture
+SILENT = Progress("", total=0, batch_size=1, visible=False)
+
+
+class InOrder(SequentialSampler):
+    def set_epoch(self, epoch, start=0):
+        """Every epoch is the same, and tests that continue one take the engine's own sampler."""
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     """A function from fields to a configuration that trains within seconds."""
     return lambda **fields: load_config(TINY, fields)
@@ -38,12 +50,22 @@ def cpu():
 
 
 @pytest.fixture
+def train_one_epoch():
+    """A function that trains an epoch by itself, without logs and checkpoints."""
+
+    def train(training, loader):
+        figures = train_epoch(training, loader, SILENT, Keeper(training, Notice()))
+        training.end_epoch()
+        return figures
+
+    return train
+
+
+@pytest.fixture
 def loader():
     """A function from tensors to a loader of them in their own order."""
 
     def build(images, targets, batch_size):
-        dataset = TensorDataset(images, targets)
-        sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False)
-        return DataLoader(dataset, batch_size, sampler=sampler)
+        return DataLoader(TensorDataset(images, targets), batch_size, sampler=InOrder(images))
 
     return build

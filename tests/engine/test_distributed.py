@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
+from kernelwarehouse.datasets import build_train_loader
 from kernelwarehouse.engine import Training, World, join
 from kernelwarehouse.engine.checkpoint import read_state
+from kernelwarehouse.engine.keeper import Keeper
 from kernelwarehouse.engine.log import Progress
+from kernelwarehouse.engine.signals import Notice
 from kernelwarehouse.engine.train import train_epoch
 from kernelwarehouse.schema import ConfigError, RunConfig
 
@@ -71,11 +74,11 @@ def train_part(rank, config, world_size, store, results):
     images, targets = torch.randn(36, 16, dtype=torch.float64), torch.randint(10, (36,))
     model = nn.Sequential(nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 10)).double()
     data = TensorDataset(images, targets)
-    sampler = DistributedSampler(data, world_size, rank, shuffle=False)
-    loader = DataLoader(data, config.run.batch_size, sampler=sampler)
+    loader = build_train_loader(data, config.run, rank, world_size)
     world = World(torch.device("cpu"), rank, world_size)
     training = Training.build(model, config, world, len(loader))
-    figures = train_epoch(training, loader, Progress("", 0, 1, visible=False))
+    figures = train_epoch(training, loader, Progress("", 0, 1, visible=False), Keeper(training, Notice()))
+    training.end_epoch()
     results.put((figures["loss"], training.step, [p.detach().numpy() for p in model.parameters()]))
     if world_size > 1:
         dist.destroy_process_group()
@@ -109,3 +112,19 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"'device'.*found 0"), join(RunConfig(device="cuda")):
         pass
+
+
+def test_tasks_of_srun_need_to_know_where_to_meet(monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ConfigError, match=r"'dist_url'.*MASTER_ADDR.*slurm_train\.sh"), join(RunConfig(device="cpu")):
+        pass
+
+    def task(rank):
+        os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        with join(RunConfig(device="cpu", dist_url=f"file://{tmp_path / 'store'}")) as world:
+            assert (world.rank, world.size) == (rank, 2)
+            assert world.gather(rank) == [0, 1]
+
+    mp.start_processes(task, nprocs=2, start_method="fork")

@@ -19,56 +19,6 @@ def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-class Killed(BaseException):
-    pass
-
-
-def kill_in_epoch(monkeypatch, number):
-    """End the process's work in the middle of that epoch, after its first steps."""
-    train_epoch = run_module.train_epoch
-
-    def killed(training, loader, progress):
-        if training.epoch == number:
-            batch = next(iter(loader))
-            training.model(batch[0]).sum().backward()
-            training.optimizer.step()
-            raise Killed
-        return train_epoch(training, loader, progress)
-
-    monkeypatch.setattr(run_module, "train_epoch", killed)
-
-
-def assert_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
-
-
-def test_a_resumed_training_ends_like_an_uninterrupted_one(tiny_config, cpu, tmp_path, monkeypatch):
-    fields = CONVERTED | {"epochs": 3, "temp_epoch": 2, "mixup": 0.8, "cutmix": 1.0, "reprob": 0.5, "model_ema": True}
-    fields |= {"model_ema_decay": 0.9, "model_ema_eval": True, "dropout": 0.1}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_run(tiny_config(**fields, output_dir=str(whole)), cpu)
-    with monkeypatch.context() as m:
-        kill_in_epoch(m, 1)
-        with pytest.raises(Killed):
-            train_run(tiny_config(**fields, output_dir=str(parts)), cpu)
-    train_run(tiny_config(**fields, output_dir=str(parts)), cpu)
-    expected, found = (read_state(folder / "checkpoint-2.pth") for folder in (whole, parts))
-    assert expected["config"].pop("output_dir") != found["config"].pop("output_dir")
-    assert_equal(found, expected)
-    assert log_lines(whole) == log_lines(parts)
-
-
 def test_the_best_checkpoint_continues_a_training(tiny_config, cpu, tmp_path):
     fields = {"output_dir": str(tmp_path), "epochs": 2}
     train_run(tiny_config(**fields), cpu)

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from torch import nn
 
-from kernelwarehouse.engine.schedule import Schedule
+from kernelwarehouse.engine.optim import build_optimizer
+from kernelwarehouse.engine.schedule import Schedule, set_weight_decay
 from kernelwarehouse.schema import ConfigError, RunConfig
 
 
@@ -49,3 +51,14 @@ def test_the_temperature_counts_micro_batches():
 
 def test_without_annealing_the_temperature_is_zero():
     assert schedule(temp_epoch=0).temperature(1) == 0
+
+
+def test_the_weight_decay_follows_a_cosine_to_its_end_and_spares_what_does_not_decay():
+    s = schedule(weight_decay=0.04, weight_decay_end=0.4)
+    assert [s.decay(i) for i in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert schedule(weight_decay=0.04).decay(70) == 0.04
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, RunConfig(weight_decay=0.04))
+    set_weight_decay(optimizer, 0.3)
+    found = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert found == {id(model.weight): 0.3, id(model.bias): 0.0}

@@ -1,0 +1,289 @@
+"""Killed at any instant and started again, a training ends as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kernelwarehouse.engine import EXIT_INTERRUPTED, Interrupted, SaveError, World, join, train_run
+from kernelwarehouse.engine.checkpoint import read_state
+from kernelwarehouse.engine.resume import keep_total_batch
+from kernelwarehouse.models import CheckpointError
+from kernelwarehouse.schema import ConfigError
+
+# Everything that draws at random or has a state: augmentation, mixing, dropout, annealing, momenta, averages.
+FIELDS = {
+    "model": "kw_resnet18",
+    "sharing_range": "layer_conv",
+    "batch_size": 128,
+    "update_freq": 2,
+    "epochs": 2,
+    "temp_epoch": 1.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "reprob": 0.5,
+    "dropout": 0.1,
+    "drop_path": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+    "model_ema_eval": True,
+    "save_ckpt_steps": 1,
+}
+
+
+def train(config, **environment):
+    """The work of one process; its exit status is main.py's."""
+    torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+    os.environ.update(environment)
+    with open(os.devnull, "w") as silence:
+        os.dup2(silence.fileno(), 1)
+    warnings.simplefilter("error")  # no checkpoint is ever damaged
+    try:
+        with join(config.run) as world:
+            train_run(config, world)
+    except Interrupted:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def start(config, **environment):
+    process = multiprocessing.get_context("fork").Process(target=train, args=(config,), kwargs=environment)
+    process.start()
+    return process
+
+
+def finish(*processes):
+    for process in processes:
+        process.join(timeout=60)
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(folder, expected, names=("checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth")):
+    assert (folder / "log.txt").read_text() == (expected / "log.txt").read_text()
+    for name in names:
+        states = [read_state(f / name) for f in (folder, expected)]
+        for state in states:
+            del state["config"]["output_dir"]
+        assert_equal(*states)
+
+
+@pytest.fixture(scope="module")
+def configure(tiny_config):
+    return lambda folder, **fields: tiny_config(**FIELDS | fields, output_dir=str(folder))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(configure, tmp_path_factory):
+    """Folder of a whole run, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    assert finish(start(configure(folder))) == [0]
+    return folder, time.monotonic() - began
+
+
+def test_killed_at_twenty_random_instants(configure, uninterrupted, tmp_path):
+    expected, seconds = uninterrupted
+    instants = random.Random(0)
+    kills, runs = 0, 0
+    while kills < 20:
+        runs += 1
+        folder = tmp_path / str(runs)
+        while True:
+            process = start(configure(folder))
+            if kills < 20:
+                process.join(instants.uniform(0, seconds))
+                process.kill()
+            (status,) = finish(process)
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            kills += 1
+        assert_same_run(folder, expected)
+        assert len(list(folder.glob("checkpoint-*.pth"))) == 3 + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_the_step_and_gives_the_documented_status(configure, uninterrupted, tmp_path, number):
+    """No checkpoint is due within an epoch: the signal alone makes one."""
+    fields = {"save_ckpt_steps": 0, "num_workers": 1}
+    process = start(configure(tmp_path, **fields))
+    while not (tmp_path / "checkpoint-0.pth").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    assert finish(process) == [EXIT_INTERRUPTED]
+    (within,) = tmp_path.glob("checkpoint-1-*.pth")
+    assert read_state(within)["iteration"] > 0
+    assert finish(start(configure(tmp_path, **fields))) == [0]
+    logs = [(folder / "log.txt").read_text() for folder in (tmp_path, uninterrupted[0])]
+    assert logs[0] == logs[1]
+
+
+def elastic(config, restarts):
+    """What torchrun does, with workers that are forked from this process and so need not import torch again."""
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=restarts,
+        monitor_interval=0.05,
+    )
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "2"
+    elastic_launch(launch, train)(config)
+
+
+def children(pid):
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def newest(folder):
+    return max((p.stat().st_mtime for p in folder.glob("checkpoint-*.pth")), default=0)
+
+
+def run_elastic(config, restarts):
+    agent = multiprocessing.get_context("fork").Process(target=elastic, args=(config, restarts))
+    agent.start()
+    return agent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_pair(configure, tmp_path_factory):
+    """Folder of a whole run of two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert finish(run_elastic(configure(folder, batch_size=64), 0)) == [0]
+    return folder
+
+
+@pytest.mark.parametrize("instant", [1, 2])
+def test_two_processes_killed_and_started_again(configure, uninterrupted_pair, tmp_path, instant):
+    """Everything dies at once, as with a node: both processes and the launcher above them."""
+    agent = run_elastic(configure(tmp_path, batch_size=64), 0)
+    while not newest(tmp_path):  # they have connected, and work
+        time.sleep(0.01)
+    time.sleep(random.Random(instant).uniform(0, 0.2))
+    for pid in [agent.pid, *children(agent.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    agent.join()
+    assert finish(run_elastic(configure(tmp_path, batch_size=64), 0)) == [0]
+    assert_same_run(tmp_path, uninterrupted_pair)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_other_processes_keep_the_total_batch(configure, tmp_path, processes):
+    """A run of one process with two micro-batches goes on as two of one, within an epoch, and the other way round."""
+    fields = {"update_freq": 3 - processes, "epochs": 1, "batch_size": 64}
+
+    def run(count, **more):
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
+        if count == 1:
+            return finish(start(configure(tmp_path, **fields | more)))
+        ranks = [start(configure(tmp_path, **fields | more), RANK=str(r), **env) for r in range(count)]
+        return finish(*ranks)
+
+    assert run(processes) == [0] * processes
+    whole = read_state(tmp_path / "checkpoint-0.pth")
+    (tmp_path / "checkpoint-0.pth").unlink()
+    steps = whole["step"]
+    (tmp_path / f"checkpoint-0-{steps}.pth").unlink()
+    assert read_state(tmp_path / f"checkpoint-0-{steps - 1}.pth")["iteration"] > 0
+    others = 3 - processes
+    assert run(others, update_freq=3 - processes) == [0] * others
+    state = read_state(tmp_path / "checkpoint-0.pth")
+    assert state["step"] == steps
+    assert state["config"]["update_freq"] == 3 - others
+    (line,) = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert 2 < line["train_loss"] < 3
+
+
+def test_a_total_batch_that_cannot_be_kept_says_what_to_pass(tiny_config):
+    state = {"config": {"batch_size": 96, "update_freq": 1}, "processes": [{}] * 2, "iteration": 0}
+    config = tiny_config(batch_size=128)
+
+    def fit(size, **fields):
+        return keep_total_batch(tiny_config(**{"batch_size": 128} | fields), state, World(torch.device("cpu"), 0, size))
+
+    with pytest.raises(ConfigError, match=r"'batch_size': 1 process.*total batch of 192; pass --batch_size 96"):
+        fit(1)
+    assert fit(1, batch_size=96).run.update_freq == 2
+    assert fit(4, batch_size=48).run.update_freq == 1
+    with pytest.raises(ConfigError, match="take a number of processes that divides it"):
+        fit(5)
+    assert fit(2) == config  # the same processes: as the user says
+    state["iteration"] = 3
+    with pytest.raises(ConfigError, match="pass --batch_size 96 --update_freq 1"):
+        fit(2)
+
+
+def test_a_full_disk_fails_clearly_and_loses_nothing(configure, uninterrupted, tmp_path):
+    """The limit on a file's size, which no checkpoint fits from the second epoch on, stands for the disk."""
+    resource = pytest.importorskip("resource")
+    assert finish(start(configure(tmp_path, epochs=1))) == [0]
+    for path in tmp_path.glob("checkpoint-0-*.pth"):
+        path.unlink()
+
+    def train_on_a_full_disk(config):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with pytest.raises(SaveError, match=r"checkpoint-1-\d+\.pth: could not be written, and is as it was before"):
+            train(config)
+
+    process = multiprocessing.get_context("fork").Process(target=train_on_a_full_disk, args=(configure(tmp_path),))
+    process.start()
+    assert finish(process) == [0]
+    assert not list(tmp_path.glob("*.tmp"))
+    assert read_state(tmp_path / "checkpoint-0.pth")["epoch"] == 0
+    assert finish(start(configure(tmp_path))) == [0]
+
+
+def test_every_damage_is_refused_or_does_not_matter(uninterrupted, tmp_path):
+    content = (uninterrupted[0] / "checkpoint-1.pth").read_bytes()
+    expected = read_state(uninterrupted[0] / "checkpoint-1.pth")
+    draw = random.Random(0)
+    tail = len(content) - 40_000  # half of the damage strikes the headers at the end
+    places = [draw.randrange(start, len(content)) for start in (0, tail) for _ in range(100)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= draw.randrange(1, 256)
+        (tmp_path / "checkpoint-0.pth").write_bytes(damaged)
+        try:
+            state = read_state(tmp_path / "checkpoint-0.pth")
+        except CheckpointError:
+            refused += 1
+        else:
+            assert_equal(state, expected)
+    assert refused > 190
