@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kernelwarehouse.datasets import Relabelled, build_dataset, build_datasets, build_eval_loader, build_train_loader
-from kernelwarehouse.models import build_model, load_checkpoint, read_checkpoint, set_temperature
+from kernelwarehouse.models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
 from kernelwarehouse.schema import Config, ConfigError
 
 from .distributed import World
@@ -41,9 +41,10 @@ def evaluate_run(config: Config, world: World) -> Metrics:
     }
     model = _build(config)
     if run.resume:
-        load_checkpoint(model, run.resume, run.model_key)
+        content = read_checkpoint(run.resume)
+        load_content(model, content, run.model_key, source=run.resume)
         # Ours say at which temperature the weights were trained last; every other file is taken as trained to the end.
-        set_temperature(model, read_checkpoint(run.resume).get("temperature", 0.0))
+        set_temperature(model, content.get("temperature", 0.0))
     model, parameters = model.to(world.device), parameter_count(model)
     with RunLog(run, world) as log:
         for size, loader in loaders.items():

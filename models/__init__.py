@@ -2,7 +2,7 @@
 
 from ..schema import ConfigError, KWConfig, ModelConfig
 from .build import build_model
-from .checkpoints import CheckpointError, load_checkpoint, read_checkpoint, to_upstream
+from .checkpoints import CheckpointError, load_checkpoint, load_content, read_checkpoint, to_upstream
 from .convert import conversion_plan, convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
 from .ops.kernel_warehouse import set_temperature
 from .plan import ConversionPlan
@@ -17,6 +17,7 @@ __all__ = [
     "conversion_plan",
     "convert_",
     "load_checkpoint",
+    "load_content",
     "plan_conversion",
     "read_checkpoint",
     "remove_unused_warehouses_",

@@ -89,8 +89,14 @@ def load_checkpoint(
         CheckpointError: An unreadable file, or weights that do not fit, with all differences; the model is then
             unchanged.
     """
-    state = find_state_dict(read_checkpoint(path), key, str(path))
-    return load_weights(model, state, source=str(path), allow_new_head=allow_new_head)
+    return load_content(model, read_checkpoint(path), key, source=str(path), allow_new_head=allow_new_head)
+
+
+def load_content(
+    model: nn.Module, content: Mapping[str, Any], key: str = DEFAULT_KEY, *, source: str, allow_new_head: bool = False
+) -> tuple[str, ...]:
+    """`load_checkpoint` for what `read_checkpoint` returned; `source` names the file in errors."""
+    return load_weights(model, find_state_dict(content, key, source), source=source, allow_new_head=allow_new_head)
 
 
 def load_weights(
