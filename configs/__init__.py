@@ -13,6 +13,7 @@ from .models import (
     convert_,
     load_checkpoint,
     plan_conversion,
+    set_implementation,
     set_temperature,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "convert_",
     "load_checkpoint",
     "plan_conversion",
+    "set_implementation",
     "set_temperature",
 ]

@@ -4,7 +4,7 @@ from ..schema import ConfigError, KWConfig, ModelConfig
 from .build import build_model
 from .checkpoints import CheckpointError, load_checkpoint, load_content, read_checkpoint, to_upstream
 from .convert import conversion_plan, convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
-from .ops.kernel_warehouse import set_temperature
+from .ops.kernel_warehouse import set_implementation, set_temperature
 from .plan import ConversionPlan
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "plan_conversion",
     "read_checkpoint",
     "remove_unused_warehouses_",
+    "set_implementation",
     "set_temperature",
     "to_upstream",
     "warehouse_users",

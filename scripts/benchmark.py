@@ -18,32 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelwarehouse import build_model
-from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
+from kernelwarehouse import build_model, set_implementation
 from kernelwarehouse.schema import load_config
 
 TOLERANCE = 1e-9
 
 
-def set_order(net: nn.Module, order: str) -> nn.Module:
-    """Make every converted layer of `net` work in that order; return `net`."""
-    for module in net.modules():
-        if isinstance(module, KWLayer):
-            module.order = order
-    return net
-
-
 def check_parity(net: nn.Module, x: Tensor) -> float:
-    """Return the largest relative difference of outputs and gradients between the two orders, in float64.
+    """Return the largest relative difference of outputs and gradients between the two, in float64.
 
     Raises:
         SystemExit: It is above `TOLERANCE`.
     """
     results = []
     net = net.double().train()
-    for order in ("kernels", "auto"):
+    for implementation in ("grouped", "auto"):
         torch.manual_seed(0)  # drop path draws the same
-        y = set_order(net, order)(x.double())
+        set_implementation(net, implementation)
+        y = net(x.double())
         results.append([y, *torch.autograd.grad(y.square().sum(), list(net.parameters()), allow_unused=True)])
     pairs = [(a, b) for a, b in zip(*results, strict=True) if a is not None]
     floor = 1e-6 * max(a.norm().item() for a, _ in pairs)  # below it a gradient is rounding errors only
@@ -123,9 +115,9 @@ def main() -> None:
                 static = build_model(static_source, **overrides).to(device, memory_format=getattr(torch, layout))
                 images = x.to(memory_format=getattr(torch, layout))
                 steps[f"static {layout}"] = step(static, images, mode == "train")
-            for name, order in (("upstream", "kernels"), ("ours", "auto")):
+            for name, implementation in (("upstream", "grouped"), ("ours", "auto")):
                 run = step(net, x, mode == "train")
-                steps[name] = lambda run=run, order=order: (set_order(net, order), run())[1]
+                steps[name] = lambda run=run, name=implementation: (set_implementation(net, name), run())[1]
             try:
                 seconds = measure(steps, arguments.rounds, device)
             except ValueError as e:  # BatchNorm refuses a single value per channel

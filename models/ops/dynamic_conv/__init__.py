@@ -5,11 +5,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv, windows
+from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
+from .columns import columns, columns_adjoint, windows
 from .geometry import Geometry, Padding, check_operands
 from .naive import naive_dynamic_conv
 
-__all__ = ["IMPLEMENTATIONS", "Geometry", "dynamic_conv", "dynamic_conv_from_geometry", "windows"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Geometry",
+    "columns",
+    "columns_adjoint",
+    "dynamic_conv",
+    "dynamic_conv_from_geometry",
+    "windows",
+]
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
     "naive": naive_dynamic_conv,

@@ -6,13 +6,12 @@ two are the same for 1×1 kernels, where they are the better form, and can be ex
 groups that depends on the batch.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .columns import taps, windows
 from .geometry import Geometry
 from .naive import CONV
 
@@ -38,15 +37,11 @@ def taps_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     groups = geometry.groups
     size = geometry.output_size(x.shape[2:], kernel_size)
     x = geometry.pad(x)
-    kernels = weight.reshape(batch, groups, out_channels // groups, group_channels, *kernel_size)
+    kernels = weight.reshape(batch, groups, out_channels // groups, group_channels, -1)
     y = None
-    for tap in itertools.product(*(range(k) for k in kernel_size)):
-        window = tuple(
-            slice(t * d, t * d + s * (n - 1) + 1, s)
-            for t, d, s, n in zip(tap, geometry.dilation, geometry.stride, size, strict=True)
-        )
+    for tap, window in enumerate(taps(kernel_size, size, geometry)):
         shifted = x[(slice(None), slice(None), *window)].reshape(batch, groups, group_channels, -1)
-        kernel = kernels[(..., *tap)]
+        kernel = kernels[..., tap]
         term = kernel * shifted if group_channels == 1 else torch.matmul(kernel, shifted)
         y = term if y is None else y + term
     return y.reshape(batch, out_channels, *size)
@@ -61,11 +56,3 @@ def unfold_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor
     columns = windows(x, kernel_size, geometry).permute(order).reshape(batch, groups, -1, math.prod(size))
     y = torch.matmul(weight.reshape(batch, groups, out_channels // groups, -1), columns)
     return y.reshape(batch, out_channels, *size)
-
-
-def windows(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
-    """What each output position sees of x (B, C, *spatial): a view (B, C, *output spatial, *kernel)."""
-    x = geometry.pad(x)
-    for d, (k, s, step) in enumerate(zip(kernel_size, geometry.stride, geometry.dilation, strict=True)):
-        x = x.unfold(2 + d, step * (k - 1) + 1, s)[..., ::step]
-    return x

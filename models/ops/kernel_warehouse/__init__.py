@@ -1,12 +1,14 @@
 """KernelWarehouse (ICML 2024): kernels mixed, per input, from a warehouse of cells shared by a stage's layers."""
 
 from .attention import Attention
-from .layer import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear
+from .layer import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, set_implementation
+from .mixed_conv import IMPLEMENTATIONS, mixed_conv
 from .mixing import mix
 from .partition import Partition, assign, count_cells, share_cells
 from .warehouse import Warehouses, set_temperature
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "Attention",
     "KWConv1d",
     "KWConv2d",
@@ -18,6 +20,8 @@ __all__ = [
     "assign",
     "count_cells",
     "mix",
+    "mixed_conv",
+    "set_implementation",
     "set_temperature",
     "share_cells",
 ]

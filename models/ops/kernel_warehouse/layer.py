@@ -1,17 +1,15 @@
 """KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
 
-import itertools
-import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_conv import Geometry, dynamic_conv_from_geometry, windows
+from ..dynamic_conv import Geometry
 from ..dynamic_conv.geometry import Padding
 from .attention import EPSILON, Attention
-from .mixing import cut, mix, mix_inputs, prefers_inputs
+from .mixed_conv import IMPLEMENTATIONS, mixed_conv
+from .mixing import cut, mix
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
@@ -20,8 +18,8 @@ class KWLayer(nn.Module):
     """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
 
     Attributes:
-        order: "kernels" mixes kernels and convolves each sample with its own, "inputs" mixes inputs and applies the
-            cells to all samples at once (see `mixing`); "auto" takes what costs less for the sizes at hand.
+        implementation: "auto" takes what costs least for the sizes at hand; a name in `mixed_conv.IMPLEMENTATIONS`
+            forces that one.
 
     Args:
         in_channels: Channels of the input.
@@ -38,7 +36,7 @@ class KWLayer(nn.Module):
         ValueError: Cells that do not divide the kernel, or own cells outside the warehouse.
     """
 
-    order: Literal["auto", "kernels", "inputs"] = "auto"
+    implementation: str = "auto"
 
     def __init__(
         self,
@@ -90,14 +88,6 @@ class KWLayer(nn.Module):
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         return mix(self.attention(x, self.warehouses.temperature), self.cells, self.partition)
 
-    def mixes_inputs(self, positions: int) -> bool:
-        """Whether to mix inputs, not kernels, for that many output positions of a sample."""
-        if self.order == "auto":
-            # A graph for export must not depend on the size that it happens to be made with.
-            exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
-            return not exporting and prefers_inputs(self.partition, self.cells.shape[0], positions)
-        return self.order == "inputs"
-
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
         raise RuntimeError(
@@ -115,7 +105,9 @@ class KWLayer(nn.Module):
         self.attention.reset_parameters()
         own = self.attention.own_cells
         cells = self.cells[own.start : own.stop]
-        nn.init.kaiming_normal_(cells.view(-1, *cells.shape[2:]), mode="fan_out", nonlinearity="relu")
+        drawn = torch.empty(cells.shape, dtype=cells.dtype, device=cells.device).flatten(0, 1)
+        nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu")
+        cells.copy_(drawn.view(cells.shape))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -136,6 +128,25 @@ class KWLayer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
         return f"kernel={self.partition.kernel}, cell={self.partition.cell}, warehouse={self.warehouse}"
+
+
+def set_implementation(model: nn.Module, implementation: str) -> None:
+    """Make every converted layer of `model` compute in one way, to compare or to time it.
+
+    Args:
+        model: A converted network, or a module that contains one.
+        implementation: "auto", or a name in `mixed_conv.IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: An unknown name, or a model without a converted layer.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be auto, {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
+    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
+    if not layers:
+        raise ValueError("the model has no converted layer")
+    for layer in layers:
+        layer.implementation = implementation
 
 
 class KWConvNd(KWLayer):
@@ -185,27 +196,11 @@ class KWConvNd(KWLayer):
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
             sizes = ", ".join("DHW"[-self.dims :])
             raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        size = self.geometry.output_size(x.shape[2:], self.kernel_size)
-        # In a grouped convolution the output channels of one cell may read different inputs.
-        if self.groups > 1 or not self.mixes_inputs(math.prod(size)):
-            return dynamic_conv_from_geometry(x, self.kernels(x), self.bias, self.geometry)
         alpha = self.attention(x, self.warehouses.temperature)
-        y = mix_inputs(alpha, self.cells, self._parts(x), self.partition)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.transpose(1, 2).reshape(x.shape[0], self.out_channels, *size)
-
-    def _parts(self, x: Tensor) -> Tensor:
-        """What each part of the kernel reads of x, as `mix_inputs` takes it."""
-        dims = self.dims
-        *blocks, _, blocks_in = self.partition.grid
-        _, cin, *c = self.partition.cell
-        seen = windows(x, self.kernel_size, self.geometry)
-        size = seen.shape[2 : 2 + dims]
-        seen = seen.reshape(x.shape[0], blocks_in, cin, *size, *itertools.chain(*zip(blocks, c, strict=True)))
-        spatial, inside = range(3 + dims, 3 + 3 * dims, 2), range(4 + dims, 3 + 3 * dims, 2)
-        seen = seen.permute(0, *spatial, 1, *range(3, 3 + dims), 2, *inside)
-        return seen.reshape(x.shape[0], math.prod(blocks) * blocks_in, math.prod(size), -1)
+        y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).reshape(-1, *(1,) * self.dims)
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
@@ -257,6 +252,7 @@ class KWLinear(KWLayer):
     ):
         kernel = (out_features, in_features, *(1,) * (warehouses.cells(warehouse).ndim - 3))
         super().__init__(in_features, kernel, bias, warehouses=warehouses, warehouse=warehouse, **share)
+        self.geometry = Geometry.of(kernel[2:])  # tokens are the positions of a 1×1 convolution
         self.in_features = in_features
         self.out_features = out_features
 
@@ -264,13 +260,9 @@ class KWLinear(KWLayer):
         """(B, *tokens, in_features) → (B, *tokens, out_features); the first dimension is the batch."""
         if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
             raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
-        tokens = x.reshape(x.shape[0], -1, self.in_features)
-        alpha = self.attention(tokens.transpose(1, 2), self.warehouses.temperature)
-        if self.mixes_inputs(tokens.shape[1]):
-            parts = tokens.unflatten(2, (-1, self.partition.cell[1])).transpose(1, 2)
-            y = mix_inputs(alpha, self.cells, parts, self.partition)
-        else:
-            y = torch.matmul(tokens, mix(alpha, self.cells, self.partition).flatten(2).mT)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        tokens = x.reshape(x.shape[0], -1, self.in_features).mT
+        alpha = self.attention(tokens, self.warehouses.temperature)
+        images = tokens.unflatten(2, (-1, *(1,) * (len(self.geometry.stride) - 1)))
+        y = mixed_conv(alpha, self.cells, images, self.partition, self.geometry, self.implementation)
+        y = y.flatten(2).mT.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -1,13 +1,6 @@
-"""The product of coefficients, cells and input, in either of two orders.
-
-A layer computes y = Σ_i Σ_j α_ij (e_j applied to x_i), where x_i is the part of the input that mixture i reads. It may
-mix kernels first (w_i = Σ_j α_ij e_j, paper, equation 3), and then convolve each sample with its own; or mix inputs
-first (u_j = Σ_i α_ij x_i), and then apply the cells, which are the same for the whole batch: one dense product, and no
-kernels to write and read. The results are equal up to rounding.
-"""
+"""Kernels from coefficients and cells, w_i = Σ_j α_ij e_j (paper, equation 3), and the inverse of assembling them."""
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
@@ -20,55 +13,32 @@ def mix(attention: Tensor, cells: Tensor, partition: Partition) -> Tensor:
 
     Args:
         attention: α, (B, m, n).
-        cells: The warehouse, (n, *cell).
+        cells: The warehouse, (n, cout, cin, *c).
         partition: How the kernel is cut.
 
     Returns:
         (B, Cout, Cin/groups, *k).
     """
-    batch = attention.shape[0]
-    mixtures = torch.matmul(attention, cells.flatten(1).to(attention.dtype))
-    return _assemble(mixtures.reshape(batch, *partition.grid, *partition.cell), partition)
+    batch, num_cells = attention.shape[0], attention.shape[2]
+    rows = mix_rows(attention.reshape(-1, num_cells), cells)
+    mixtures = rows.reshape(partition.cell[0], batch, *partition.grid, *partition.cell[1:])
+    return _assemble(mixtures.movedim(0, 1 + len(partition.grid)), partition)
 
 
-def mix_inputs(attention: Tensor, cells: Tensor, inputs: Tensor, partition: Partition) -> Tensor:
-    """Apply the kernels that `mix` would assemble, without assembling them.
+def mix_rows(attention: Tensor, cells: Tensor) -> Tensor:
+    """Mix each output channel's row of the cells by itself: small products whose operands stay in the cache.
 
     Args:
-        attention: α, (B, m, n).
-        cells: The warehouse, (n, *cell).
-        inputs: For each output position, the input that each spatial position and input block of the kernel reads:
-            (B, spatial positions × input blocks, P, cin × *c).
-        partition: How the kernel is cut; it must be of an ungrouped convolution.
+        attention: α, (M, n).
+        cells: (n, cout, cin, *c), best with the layout of `Warehouses`.
 
     Returns:
-        (B, P, Cout).
+        (cout, M, cin · *c).
     """
-    batch, parts, positions, size = inputs.shape
-    *_, blocks_out, blocks_in = partition.grid
-    num_cells, cout = cells.shape[:2]
-    alpha = attention.reshape(batch, -1, blocks_out, blocks_in, num_cells).permute(0, 2, 4, 1, 3)
-    mixed = torch.matmul(alpha.reshape(batch, blocks_out * num_cells, parts), inputs.reshape(batch, parts, -1))
-    mixed = mixed.reshape(batch, blocks_out, num_cells, positions, size).permute(2, 0, 3, 1, 4)
-    rows = mixed.reshape(num_cells, batch * positions * blocks_out, size)
-    y = torch.addbmm(rows.new_zeros(()), rows, cells.flatten(2).mT.to(rows.dtype), beta=0)
-    return y.reshape(batch, positions, blocks_out * cout)
-
-
-# Multiply-adds that moving a value through memory costs as much as, as measured on a CPU with batches of 1 to 64: a
-# kernel is written, put in order and read, mostly beyond the caches; mixed inputs are fewer and stay nearer.
-_KERNEL_TRAFFIC, _INPUT_TRAFFIC = 100, 40
-
-
-def prefers_inputs(partition: Partition, num_cells: int, positions: int) -> bool:
-    """Whether mixing inputs costs less than mixing kernels, for `positions` output positions of a sample."""
-    *_, blocks_out, _ = partition.grid
-    cout = partition.cell[0]
-    kernel = math.prod(partition.kernel)
-    mixed = blocks_out * num_cells * (math.prod(partition.cell) // cout) * positions
-    kernels_cost = kernel * (num_cells + positions + _KERNEL_TRAFFIC)
-    inputs_cost = mixed * (partition.mixtures // blocks_out + cout + _INPUT_TRAFFIC)
-    return inputs_cost < kernels_cost
+    rows = cells.transpose(0, 1).flatten(2).to(attention.dtype)
+    if rows.shape[2] == 1:
+        return torch.matmul(rows.squeeze(2), attention.mT).unsqueeze(2)
+    return torch.bmm(attention.expand(len(rows), -1, -1), rows)
 
 
 def cut(kernel: Tensor, partition: Partition) -> Tensor:

@@ -13,6 +13,10 @@ class Warehouses(nn.Module):
     It is a child of the network's root; layers refer to it without registering it, so that each parameter appears
     once in a state dict. Called on a tensor it returns it, so that an `nn.Sequential` may own it.
 
+    Cells have the shape (n, cout, cin, *c) and lie in memory as (cout, n, cin, *c): mixing reads, for one output
+    channel after the other, that channel's row of every cell. Any other layout, as ``load_state_dict(assign=True)`` may
+    bring in, is as correct and slower.
+
     Attributes:
         temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.
         names: The warehouses' names, in their order.
@@ -43,7 +47,9 @@ class Warehouses(nn.Module):
                 raise ValueError(f"warehouse {name!r}: not a usable name; take letters, digits and underscores")
             if len(shape) < 4 or min(shape) < 1:
                 raise ValueError(f"warehouse {name!r}: cells need a shape (n, cout, cin, *c), found {tuple(shape)}")
-            self.register_parameter(name, nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype)))
+            n, cout, *cell = shape
+            cells = torch.zeros(cout, n, *cell, device=device, dtype=dtype).transpose(0, 1)
+            self.register_parameter(name, nn.Parameter(cells))
         self.register_buffer("temperature", torch.zeros((), device=device, dtype=dtype), persistent=False)
 
     def cells(self, name: str) -> nn.Parameter:
@@ -58,8 +64,14 @@ class Warehouses(nn.Module):
         self.names = tuple(name for name in self.names if name in names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Warehouses":
-        """Hide the cells' rank from `fn`: ``to(memory_format=channels_last)`` would take them for images."""
-        return super()._apply(lambda t: fn(t.flatten(1)).reshape(t.shape) if t.ndim > 2 else fn(t), recurse)
+        """Keep the cells' layout: ``to(memory_format=channels_last)`` would take them for images."""
+
+        def rows(t: Tensor) -> Tensor:
+            if t.ndim < 4:
+                return fn(t)
+            return fn(t.transpose(0, 1).flatten(1)).unflatten(1, (len(t), *t.shape[2:])).transpose(0, 1)
+
+        return super()._apply(rows, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x unchanged."""

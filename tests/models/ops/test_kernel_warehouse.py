@@ -5,100 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
 from kernelwarehouse.models.ops.kernel_warehouse import (
     Attention,
-    KWConv1d,
     KWConv2d,
-    KWConv3d,
-    KWLinear,
     Warehouses,
     assign,
     mix,
     set_temperature,
 )
 from kernelwarehouse.models.ops.kernel_warehouse.mixing import cut
-from kernelwarehouse.models.ops.kernel_warehouse.naive import naive_attention, naive_mix
 
-from .parity import assert_parity
-
-# name: (class, input shape, module arguments, cells (n, *cell), own cells, attention arguments)
-LAYERS = {
-    "conv2d": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"padding": 1}, (40, 2, 3, 1, 1), (4, 40), {}),
-    "conv2d-half-budget": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"stride": 2}, (20, 2, 3, 1, 1), (2, 20), {}),
-    "conv2d-layer-norm": (KWConv2d, (2, 6, 5, 5), (6, 4, 1), {}, (5, 2, 3, 1, 1), (0, 4), {"norm": "layer"}),
-    "conv2d-nonlocal": (
-        KWConv2d,
-        (3, 4, 5, 7),
-        (4, 4, (3, 1)),
-        {"padding": (1, 0), "bias": False},
-        (30, 2, 2, 1, 1),
-        (7, 19),
-        {"nonlocal_basis_ratio": 0.25},
-    ),
-    "depthwise": (KWConv2d, (2, 6, 6, 5), (6, 6, 3), {"groups": 6, "padding": "same"}, (9, 6, 1, 1, 1), (0, 9), {}),
-    "whole-kernel-cells": (KWConv2d, (2, 4, 6, 5), (4, 4, 3), {"padding": 1}, (6, 2, 2, 3, 3), (2, 6), {}),
-    "conv1d-circular": (
-        KWConv1d,
-        (3, 4, 9),
-        (4, 6, 5),
-        {"padding": 2, "padding_mode": "circular"},
-        (16, 3, 4, 1),
-        (3, 13),
-        {},
-    ),
-    "conv3d": (KWConv3d, (2, 2, 4, 5, 3), (2, 4, 2), {"dilation": 2}, (17, 2, 2, 1, 1, 1), (0, 16), {}),
-    "linear-tokens": (KWLinear, (3, 7, 6), (6, 8), {}, (9, 4, 3, 1), (1, 5), {"norm": "layer"}),
-    "linear-map": (KWLinear, (2, 3, 5, 6), (6, 4), {}, (8, 2, 3, 1, 1), (0, 8), {}),
-    "linear-vector": (KWLinear, (4, 6), (6, 4), {}, (8, 2, 3, 1), (0, 8), {}),
-}
-
-
-def make(case, dtype=torch.float64):
-    cls, shape, args, kwargs, cells, (start, stop), attention = LAYERS[case]
-    torch.manual_seed(1)
-    warehouses = Warehouses({"w": cells}, dtype=dtype)
-    layer = cls(*args, **kwargs, warehouses=warehouses, warehouse="w", own_cells=range(start, stop), **attention)
-    with torch.no_grad():
-        for p in [*layer.parameters(), *warehouses.parameters()]:
-            p.copy_(torch.randn_like(p))
-    return layer, warehouses, torch.randn(shape, dtype=dtype)
-
-
-def naive_forward(layer, x, temperature):
-    features = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) if isinstance(layer, KWLinear) else x
-    kernels = naive_mix(naive_attention(layer.attention, features, temperature), layer.cells, layer.partition)
-    if isinstance(layer, KWLinear):
-        return torch.stack([s @ k.flatten(1).T + layer.bias for s, k in zip(x, kernels, strict=True)])
-    arguments = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    return dynamic_conv(x, kernels, layer.bias, *arguments, implementation="naive")
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("order", ["kernels", "inputs"])
-@pytest.mark.parametrize("case", LAYERS)
-def test_parity_with_naive(case, order, training, temperature):
-    layer, warehouses, x = make(case)
-    layer.order = order
-    layer.train(training)
-    set_temperature(warehouses, temperature)
-    x.requires_grad_()
-    assert_parity(
-        lambda: layer(x),
-        lambda: naive_forward(layer, x, temperature),
-        {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())},
-        tolerance=1e-10,
-    )
-
-
-def test_order_of_mixing_follows_the_sizes():
-    """At one position a kernel is far larger than what it reads; at many it is read again and again."""
-    layer, _, _ = make("conv2d")
-    assert layer.mixes_inputs(1)
-    assert not layer.mixes_inputs(10_000)
-    layer.order = "kernels"
-    assert not layer.mixes_inputs(1)
+from .layers import LAYERS, make
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -185,11 +102,11 @@ class TestBatches:
 
 class TestTypes:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    @pytest.mark.parametrize("order", ["kernels", "inputs"])
+    @pytest.mark.parametrize("order", ["grouped", "kernels", "streamed", "inputs"])
     @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens", "depthwise"])
     def test_whole_module_cast(self, case, order, dtype):
         layer, warehouses, x = make(case, torch.float32)
-        layer.order = order
+        layer.implementation = order
         layer.eval()
         expected = layer(x).detach()
         warehouses.to(dtype)
@@ -199,11 +116,11 @@ class TestTypes:
         assert (y.double() - expected.double()).norm() <= tolerance * expected.double().norm()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("order", ["kernels", "inputs"])
+    @pytest.mark.parametrize("order", ["grouped", "kernels", "streamed", "inputs"])
     @pytest.mark.parametrize("case", ["conv2d", "conv2d-nonlocal", "linear-tokens"])
     def test_autocast(self, case, order, dtype):
         layer, warehouses, x = make(case, torch.float32)
-        layer.order = order
+        layer.implementation = order
         expected = layer(x).detach()
         with torch.autocast("cpu", dtype):
             y = layer(x)
@@ -271,7 +188,7 @@ class TestState:
         before = net(x)
         net.to(memory_format=torch.channels_last)
         torch.testing.assert_close(net(x.to(memory_format=torch.channels_last)), before)
-        assert net.warehouses.a.is_contiguous()
+        assert net.warehouses.a.transpose(0, 1).is_contiguous()
         net.to("meta")
         assert {t.device.type for t in [*net.parameters(), *net.buffers()]} == {"meta"}
 

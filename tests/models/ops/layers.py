@@ -1,0 +1,58 @@
+"""One layer of every kind, on odd sizes, and the truth about what it computes."""
+
+import torch
+
+from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
+from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouses
+from kernelwarehouse.models.ops.kernel_warehouse.naive import naive_attention, naive_mix
+
+# name: (class, input shape, module arguments, cells (n, *cell), own cells, attention arguments)
+LAYERS = {
+    "conv2d": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"padding": 1}, (40, 2, 3, 1, 1), (4, 40), {}),
+    "conv2d-half-budget": (KWConv2d, (3, 6, 7, 5), (6, 4, 3), {"stride": 2}, (20, 2, 3, 1, 1), (2, 20), {}),
+    "conv2d-layer-norm": (KWConv2d, (2, 6, 5, 5), (6, 4, 1), {}, (5, 2, 3, 1, 1), (0, 4), {"norm": "layer"}),
+    "conv2d-nonlocal": (
+        KWConv2d,
+        (3, 4, 5, 7),
+        (4, 4, (3, 1)),
+        {"padding": (1, 0), "bias": False},
+        (30, 2, 2, 1, 1),
+        (7, 19),
+        {"nonlocal_basis_ratio": 0.25},
+    ),
+    "depthwise": (KWConv2d, (2, 6, 6, 5), (6, 6, 3), {"groups": 6, "padding": "same"}, (9, 6, 1, 1, 1), (0, 9), {}),
+    "whole-kernel-cells": (KWConv2d, (2, 4, 6, 5), (4, 4, 3), {"padding": 1}, (6, 2, 2, 3, 3), (2, 6), {}),
+    "conv1d-circular": (
+        KWConv1d,
+        (3, 4, 9),
+        (4, 6, 5),
+        {"padding": 2, "padding_mode": "circular"},
+        (16, 3, 4, 1),
+        (3, 13),
+        {},
+    ),
+    "conv3d": (KWConv3d, (2, 2, 4, 5, 3), (2, 4, 2), {"dilation": 2}, (17, 2, 2, 1, 1, 1), (0, 16), {}),
+    "linear-tokens": (KWLinear, (3, 7, 6), (6, 8), {}, (9, 4, 3, 1), (1, 5), {"norm": "layer"}),
+    "linear-map": (KWLinear, (2, 3, 5, 6), (6, 4), {}, (8, 2, 3, 1, 1), (0, 8), {}),
+    "linear-vector": (KWLinear, (4, 6), (6, 4), {}, (8, 2, 3, 1), (0, 8), {}),
+}
+
+
+def make(case, dtype=torch.float64):
+    cls, shape, args, kwargs, cells, (start, stop), attention = LAYERS[case]
+    torch.manual_seed(1)
+    warehouses = Warehouses({"w": cells}, dtype=dtype)
+    layer = cls(*args, **kwargs, warehouses=warehouses, warehouse="w", own_cells=range(start, stop), **attention)
+    with torch.no_grad():
+        for p in [*layer.parameters(), *warehouses.parameters()]:
+            p.copy_(torch.randn_like(p))
+    return layer, warehouses, torch.randn(shape, dtype=dtype)
+
+
+def naive_forward(layer, x, temperature):
+    features = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) if isinstance(layer, KWLinear) else x
+    kernels = naive_mix(naive_attention(layer.attention, features, temperature), layer.cells, layer.partition)
+    if isinstance(layer, KWLinear):
+        return torch.stack([s @ k.flatten(1).T + layer.bias for s, k in zip(x, kernels, strict=True)])
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    return dynamic_conv(x, kernels, layer.bias, *arguments, implementation="naive")
