@@ -4,6 +4,7 @@ from ..schema import ConfigError, KWConfig, ModelConfig
 from .build import build_model
 from .checkpoints import CheckpointError, load_checkpoint, load_content, read_checkpoint, to_upstream
 from .convert import conversion_plan, convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
+from .fold import fold_
 from .ops.kernel_warehouse import set_implementation, set_temperature
 from .plan import ConversionPlan
 
@@ -16,6 +17,7 @@ __all__ = [
     "build_model",
     "conversion_plan",
     "convert_",
+    "fold_",
     "load_checkpoint",
     "load_content",
     "plan_conversion",

@@ -128,7 +128,7 @@ def warehouse_users(model: nn.Module) -> dict[str, list[str]]:
     parameters = {id(p): name for name, p in model.named_parameters()}
     users: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, KWLayer):
+        if isinstance(module, KWLayer) and module.products is None:
             users.setdefault(parameters[id(module.cells)], []).append(name)
     return users
 
@@ -139,9 +139,9 @@ def conversion_plan(model: nn.Module) -> ConversionPlan | None:
 
 
 def remove_unused_warehouses_(net: nn.Module) -> nn.Module:
-    """Drop the cells that no layer of `net` mixes from any more, after layers were replaced; returns `net`."""
-    used = {module.warehouse for module in net.modules() if isinstance(module, KWLayer)}
-    net.warehouses.keep(used)
+    """Drop the cells that no layer of `net` mixes from any more, after some were replaced or folded; returns `net`."""
+    layers = [module for module in net.modules() if isinstance(module, KWLayer) and module.products is None]
+    net.warehouses.keep({layer.warehouse for layer in layers})
     return net
 
 

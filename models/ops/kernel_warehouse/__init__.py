@@ -2,7 +2,7 @@
 
 from .attention import Attention
 from .layer import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, set_implementation
-from .mixed_conv import IMPLEMENTATIONS, mixed_conv
+from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import mix
 from .partition import Partition, assign, count_cells, share_cells
 from .warehouse import Warehouses, set_temperature
@@ -24,4 +24,5 @@ __all__ = [
     "set_implementation",
     "set_temperature",
     "share_cells",
+    "supports",
 ]

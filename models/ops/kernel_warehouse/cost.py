@@ -28,6 +28,7 @@ class Factors:
         far_kernel: The same when they do not.
         mixed_input: Writing and reading one value of a mixed input.
         cache: Bytes of kernels that fit in the cache.
+        read: Reading one value from memory.
     """
 
     grouped: float
@@ -38,6 +39,7 @@ class Factors:
     far_kernel: float = 100
     mixed_input: float = 40
     cache: int = 16 << 20
+    read: float = 30
 
 
 FACTORS = {"cpu": Factors(grouped=1.0), "cuda": Factors(grouped=10.0)}
@@ -84,3 +86,26 @@ def costs(
         + (factors.column * columns if taps > 1 else 0),
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + cout + factors.mixed_input),
     }
+
+
+def folding_saves(
+    partition: Partition, hidden: int, num_cells: int, batch: int, positions: int, itemsize: int
+) -> float:
+    """What a sample of a batch costs less when attention and cells are folded (`folded`); negative where it is more.
+
+    Both orders read something for the whole batch, the cells or the products, which counts when the batch is small.
+
+    Args:
+        partition: How the kernel is cut.
+        hidden: r, the width of the attention's hidden vector.
+        num_cells: n.
+        batch: Samples.
+        positions: P, output positions of a sample.
+        itemsize: Bytes of a value.
+    """
+    factors = FACTORS["cpu"]
+    kernel = math.prod(partition.kernel)
+    now = min(costs(partition, num_cells, batch, positions, itemsize, factors).values())
+    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)["streamed"]
+    read_now, read_folded = num_cells * math.prod(partition.cell), (hidden + 1) * kernel
+    return now - folded + factors.read * (read_now - read_folded) / batch

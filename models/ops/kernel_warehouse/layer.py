@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..dynamic_conv import Geometry
 from ..dynamic_conv.geometry import Padding
 from .attention import EPSILON, Attention
-from .mixed_conv import IMPLEMENTATIONS, mixed_conv
+from .folded import fold_products, folded_conv, folded_kernels
+from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import cut, mix
 from .partition import Partition, assign
 from .warehouse import Warehouses
@@ -20,6 +21,7 @@ class KWLayer(nn.Module):
     Attributes:
         implementation: "auto" takes what costs least for the sizes at hand; a name in `mixed_conv.IMPLEMENTATIONS`
             forces that one.
+        products: Attention and cells as one product, in a folded layer; None elsewhere.
 
     Args:
         in_channels: Channels of the input.
@@ -37,6 +39,8 @@ class KWLayer(nn.Module):
     """
 
     implementation: str = "auto"
+    products: Tensor | None
+    geometry: Geometry
 
     def __init__(
         self,
@@ -73,10 +77,13 @@ class KWLayer(nn.Module):
             **kwargs,
         )
         self.bias = nn.Parameter(torch.zeros(kernel[0], **kwargs)) if bias else None
+        self.register_buffer("products", None)  # G of a folded layer
 
     @property
     def warehouses(self) -> Warehouses:
         """The owner of the cells and of the temperature."""
+        if not self._owner:
+            raise RuntimeError("a folded layer has no warehouse any more")
         return self._owner[0]
 
     @property
@@ -84,9 +91,40 @@ class KWLayer(nn.Module):
         """The cells (n, *cell) of the layer's warehouse."""
         return self.warehouses.cells(self.warehouse)
 
+    def convolve(self, x: Tensor) -> Tensor:
+        """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
+        if self.products is not None:
+            if self.training:
+                raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
+            y = folded_conv(self.attention, self.products, x, self.partition, self.geometry)
+        else:
+            alpha = self.attention(x, self.warehouses.temperature)
+            y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
+        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
+
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
+        if self.products is not None:
+            return folded_kernels(self.attention, self.products, x, self.partition)
         return mix(self.attention(x, self.warehouses.temperature), self.cells, self.partition)
+
+    @torch.no_grad()
+    def fold(self, dtype: torch.dtype | None = None) -> None:
+        """Multiply attention and cells (see `folded`), and let go of the warehouses.
+
+        Args:
+            dtype: Type in which the products are kept; the cells' by default.
+
+        Raises:
+            ValueError: A layer in training mode, at a temperature, or whose cells cannot be streamed.
+        """
+        if self.training or self.warehouses.temperature.item() != 0:
+            raise ValueError("only a trained layer can be folded: in evaluation mode, at temperature 0")
+        if not supports("streamed", self.partition, self.geometry):
+            raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be folded")
+        self.products = fold_products(self.attention, self.cells, self.partition).to(dtype or self.cells.dtype)
+        self.warehouses.folded = True
+        self._owner = ()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
@@ -196,11 +234,7 @@ class KWConvNd(KWLayer):
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
             sizes = ", ".join("DHW"[-self.dims :])
             raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        alpha = self.attention(x, self.warehouses.temperature)
-        y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
-        if self.bias is None:
-            return y
-        return y + self.bias.to(y.dtype).reshape(-1, *(1,) * self.dims)
+        return self.convolve(x)
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
@@ -260,9 +294,6 @@ class KWLinear(KWLayer):
         """(B, *tokens, in_features) → (B, *tokens, out_features); the first dimension is the batch."""
         if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
             raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
-        tokens = x.reshape(x.shape[0], -1, self.in_features).mT
-        alpha = self.attention(tokens, self.warehouses.temperature)
-        images = tokens.unflatten(2, (-1, *(1,) * (len(self.geometry.stride) - 1)))
-        y = mixed_conv(alpha, self.cells, images, self.partition, self.geometry, self.implementation)
-        y = y.flatten(2).mT.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        tokens = x.reshape(x.shape[0], -1, *(1,) * (len(self.geometry.stride) - 1), self.in_features)
+        y = self.convolve(tokens.movedim(-1, 1)).movedim(1, -1)
+        return y.reshape(*x.shape[:-1], self.out_features)

@@ -48,20 +48,14 @@ class _StreamedConv(torch.autograd.Function):
     def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry):
         ctx.save_for_backward(alpha, cells, x)
         ctx.arguments = kernel_size, geometry
-        batch, blocks_out, _, _ = alpha.shape
-        size = geometry.output_size(x.shape[2:], kernel_size)
-        channels_last = x.stride(1) == 1
-        y = _empty(x, (batch, blocks_out * cells.shape[1], *size), channels_last)
-        flat = y.flatten(2)
-        for samples, rows in _tiles(alpha, cells, flat.shape[2], math.prod(kernel_size)):
+        blocks = alpha.shape[1]
+        y, flat = empty_output(x, blocks * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
+        for samples, rows in tiles(alpha, cells, flat.shape[2], math.prod(kernel_size) > 1):
             seen = columns(x[samples], kernel_size, geometry)
             for channels in rows:
                 kernels = _kernels(alpha[samples], cells[:, channels])
-                for block, out in _blocks(channels, cells.shape[1], blocks_out):
-                    if channels_last:
-                        flat[samples, out] = torch.bmm(seen, kernels[:, block].mT).mT
-                    else:
-                        flat[samples, out] = torch.bmm(kernels[:, block], seen.mT)
+                for block, out in _blocks(channels, cells.shape[1], blocks):
+                    multiply(kernels[:, block], seen, flat[samples, out])
         return y
 
     @staticmethod
@@ -74,7 +68,7 @@ class _StreamedConv(torch.autograd.Function):
         grad_alpha = torch.zeros_like(alpha, dtype=torch.promote_types(alpha.dtype, torch.float32))
         grad_cells = torch.zeros_like(cells) if needs_cells else None
         grad_x = torch.empty_like(x) if needs_x else None
-        for samples, rows in _tiles(alpha, cells, grad.shape[2], math.prod(kernel_size)):
+        for samples, rows in tiles(alpha, cells, grad.shape[2], math.prod(kernel_size) > 1):
             seen = columns(x[samples], kernel_size, geometry)
             grad_seen = torch.zeros_like(seen, memory_format=torch.contiguous_format) if needs_x else None
             coefficients = alpha[samples].flatten(0, 2)
@@ -107,8 +101,26 @@ def _kernels(alpha: Tensor, cells: Tensor) -> Tensor:
     return mixed.view(cells.shape[1], *alpha.shape[:2], -1).permute(1, 2, 0, 3)
 
 
-def _tiles(alpha: Tensor, cells: Tensor, positions: int, taps: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of samples, and with each the slices of a cell's output channels that make a tile's kernels."""
+def multiply(kernels: Tensor, seen: Tensor, out: Tensor) -> None:
+    """Write into out (B, rows, P) the products of kernels (B, rows, K) and columns (B, P, K), in out's own layout."""
+    if out.stride(1) == 1:
+        out.copy_(torch.bmm(seen, kernels.mT).mT)
+    else:
+        out.copy_(torch.bmm(kernels, seen.mT))
+
+
+def tiles(alpha: Tensor, cells: Tensor, positions: int, copies: bool) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut the work so that the kernels of a tile fit in the cache.
+
+    Args:
+        alpha: (B, blocks of output channels, parts, n).
+        cells: (n, cout, cin, *ones).
+        positions: Output positions of a sample.
+        copies: Whether columns are a copy of the input, and not a view.
+
+    Yields:
+        A slice of samples, and with it the slices of a cell's output channels.
+    """
     batch, channels = len(alpha), cells.shape[1]
     if torch.compiler.is_compiling():  # a graph should not hold the loop; its compiler plans the memory
         yield slice(0, batch), [slice(0, channels)]
@@ -117,7 +129,7 @@ def _tiles(alpha: Tensor, cells: Tensor, positions: int, taps: int) -> Iterator[
     row = alpha.shape[1] * column
     budget = _TILE_BYTES.get(alpha.device.type, _TILE_BYTES["cuda"])
     samples = budget // (row * min(channels, _TILE_CHANNELS))
-    if taps > 1:  # the columns are a copy of the input, and may take a few times the bytes of the kernels
+    if copies:  # they may take a few times the bytes of the kernels
         samples = min(samples, 4 * budget // (column * positions))
     samples = _even(batch, samples)
     rows = _even(channels, max(budget // (row * samples), _TILE_CHANNELS))
@@ -136,7 +148,10 @@ def _blocks(channels: slice, cout: int, blocks: int) -> Iterator[tuple[int, slic
         yield block, slice(block * cout + channels.start, block * cout + channels.stop)
 
 
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    if channels_last:
-        return like.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return like.new_empty(shape)
+def empty_output(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An uninitialised (B, channels, *size) in the memory layout of x, and its view (B, channels, positions)."""
+    if x.stride(1) == 1:
+        y = x.new_empty(len(x), *size, channels).movedim(-1, 1)
+    else:
+        y = x.new_empty(len(x), channels, *size)
+    return y, y.flatten(2)

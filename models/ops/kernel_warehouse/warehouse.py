@@ -21,6 +21,7 @@ class Warehouses(nn.Module):
         temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.
         names: The warehouses' names, in their order.
         plan: The `ConversionPlan` by which `convert_` made them, None elsewhere.
+        folded: Whether a layer was folded, which holds the temperature at 0.
 
     Args:
         shapes: Shape (n, cout, cin, *c) of each warehouse by name; the order is kept.
@@ -42,6 +43,7 @@ class Warehouses(nn.Module):
         super().__init__()
         self.names = tuple(shapes)
         self.plan: Any = None
+        self.folded = False
         for name, shape in shapes.items():
             if not name.isidentifier() or hasattr(self, name) or name == "temperature":
                 raise ValueError(f"warehouse {name!r}: not a usable name; take letters, digits and underscores")
@@ -91,10 +93,12 @@ def set_temperature(model: nn.Module, value: float) -> None:
         value: Between 0 (trained) and 1 (start of training).
 
     Raises:
-        ValueError: A value outside [0, 1].
+        ValueError: A value outside [0, 1], or other than 0 where layers are folded.
     """
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"the temperature must be between 0 and 1, found {value}")
     for module in model.modules():
         if isinstance(module, Warehouses):
+            if module.folded and value:
+                raise ValueError(f"folded layers have no temperature but 0, found {value}")
             module.temperature.fill_(value)

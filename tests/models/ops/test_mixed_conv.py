@@ -73,7 +73,7 @@ class TestStreaming:
         monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
         monkeypatch.setattr(streamed, "_TILE_CHANNELS", 4)
         partition, geometry, (alpha, cells, x) = self.case(*arguments)
-        taken = list(streamed._tiles(alpha.new_empty(5, 2, 18, 11), cells, 35, 9))
+        taken = list(streamed.tiles(alpha.new_empty(5, 2, 18, 11), cells, 35, True))
         assert (len(taken), len(taken[0][1])) == {1: (5, 2), 4096: (5, 2), 1 << 20: (1, 1)}[tile]
         assert_parity(
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "streamed"),

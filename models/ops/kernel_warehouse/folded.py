@@ -1,0 +1,84 @@
+"""The matrix chain in its other order, for inference: attention and cells multiplied once, whatever the input.
+
+The logits are linear in the hidden vector h of the attention, z = F [h; 1], so a mixture is
+
+    w_i = s_i Σ_j (Σ_k F_ijk [h; 1]_k) e_j = s_i Σ_k [h; 1]_k G_ik    with    G_ik = Σ_j F_ijk e_j
+
+and s_i = 1 / (Σ_j |z_ij| + 1e-3). G does not depend on the input. With it a sample costs (r + 1) · |W| instead of
+n · |W|, r being the width of h, whatever the budget. It takes (r + 1) · |W| values of memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dynamic_conv import Geometry, columns, dynamic_conv_from_geometry
+from .attention import EPSILON, Attention
+from .mixing import mix_rows
+from .partition import Partition
+from .streamed import empty_output, multiply, tiles
+
+
+@torch.no_grad()
+def fold_products(attention: Attention, cells: Tensor, partition: Partition) -> Tensor:
+    """G as (blocks of output channels, cout, r + 1, taps · input blocks · cin); cells (n, cout, cin, *ones)."""
+    unit = torch.eye(attention.fc1.out_features, dtype=cells.dtype, device=cells.device)
+    constant = attention.logits(torch.zeros_like(unit[:1]))
+    weights = torch.cat([attention.logits(unit) - constant, constant])[..., :-1]  # (r + 1, m, n)
+    rows = mix_rows(weights.flatten(0, 1), cells)
+    *_, blocks_out, blocks_in = partition.grid
+    products = rows.reshape(len(rows), len(weights), -1, blocks_out, blocks_in, rows.shape[2])
+    return products.permute(3, 0, 1, 2, 4, 5).flatten(3).contiguous()
+
+
+def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]) at temperature 0, streamed as `streamed_conv`; the scales s go onto the columns.
+
+    Args:
+        attention: The layer's.
+        products: G of `fold_products`, of any floating type.
+        x: (B, Cin, *spatial).
+        partition: How the kernel is cut; it must be of an ungrouped convolution.
+        geometry: The convolution's arguments.
+
+    Returns:
+        (B, Cout, *output spatial), channels last in memory if x is.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        kernels = folded_kernels(attention, products, x, partition)
+        return dynamic_conv_from_geometry(x, kernels, None, geometry)
+    hidden, scales = _hidden_and_scales(attention, x, partition)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    hidden, scales, x = hidden.to(x.dtype), scales.to(x.dtype), geometry.pad(x)
+    geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)
+    kernel_size = partition.kernel[2:]
+    cells = products.transpose(1, 2)  # (blocks, r + 1, cout, K): for each block, r + 1 cells that are whole kernels
+    y, flat = empty_output(x, partition.kernel[0], geometry.output_size(x.shape[2:], kernel_size))
+    for samples, rows in tiles(hidden[:, None, None], cells[0], flat.shape[2], True):
+        seen = columns(x[samples], kernel_size, geometry).unflatten(2, (*scales.shape[2:], -1))
+        for block in range(len(products)):
+            scaled = (seen * scales[samples, None, block, :, None]).flatten(2)
+            for channels in rows:
+                kernels = mix_rows(hidden[samples], cells[block, :, channels]).transpose(0, 1)
+                first = block * partition.cell[0]
+                multiply(kernels, scaled, flat[samples, first + channels.start : first + channels.stop])
+    return y
+
+
+def folded_kernels(attention: Attention, products: Tensor, x: Tensor, partition: Partition) -> Tensor:
+    """The kernels (B, Cout, Cin, *k) that `folded_conv` applies, assembled: plain, for export and comparison."""
+    hidden, scales = _hidden_and_scales(attention, x, partition)
+    mixed = torch.einsum("bk,oqkp->boqp", hidden, products.to(hidden.dtype))
+    mixed = mixed.unflatten(3, (scales.shape[2], -1)) * scales[:, :, None, :, None]
+    kernels = mixed.flatten(1, 2).reshape(x.shape[0], partition.kernel[0], *partition.kernel[2:], partition.kernel[1])
+    return kernels.movedim(-1, 2)
+
+
+def _hidden_and_scales(attention: Attention, x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+    """[h; 1] as (B, r + 1), and s as (B, blocks of output channels, taps · input blocks)."""
+    hidden = attention.hidden(x)
+    total = attention.logits(hidden).abs().sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    *_, blocks_out, blocks_in = partition.grid
+    scales = (1 / (total + EPSILON)).reshape(x.shape[0], -1, blocks_out, blocks_in).transpose(1, 2).flatten(2)
+    return F.pad(hidden, (0, 1), value=1.0), scales
