@@ -8,7 +8,7 @@ from .loaders import EvalSampler, begin_epoch, build_eval_loader, build_train_lo
 from .photographs import UNLABELLED, DataError, Photographs
 from .sampling import Draw, SeededDataset, TrainSampler
 from .shards import Shards, write_shards
-from .transforms import eval_transform, train_transform
+from .transforms import eval_transform, train_transform, viewable
 
 __all__ = [
     "UNLABELLED",
@@ -29,5 +29,6 @@ __all__ = [
     "build_train_loader",
     "eval_transform",
     "train_transform",
+    "viewable",
     "write_shards",
 ]

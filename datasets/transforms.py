@@ -99,6 +99,19 @@ def eval_transform(config: Config) -> Callable[[Any], Tensor]:
     return T.Compose([_to_pil, evaluate, _Channels(config)])
 
 
+def viewable(images: Tensor, config: Config) -> Tensor:
+    """Undo the normalisation of network inputs, for people: (B, in_chans, H, W) → (B, 1 or 3, H, W), from 0 to 1."""
+    images = images[:, : 3 if images.shape[1] == 3 else 1].float()
+    if config.run.data_set == "DIGITS":
+        mean, std = torch.tensor([digits.MEAN]), torch.tensor([digits.STD])
+    else:
+        mean, std = (torch.tensor(values) for values in _statistics(config.run).values())
+    if images.shape[1] == 1:  # the average of the colours
+        mean, std = mean.mean(), std.mean()
+    mean, std = (values.to(images.device).view(-1, 1, 1) for values in (mean, std))
+    return (images * std + mean).clamp(0, 1)
+
+
 def _statistics(run: RunConfig) -> dict[str, tuple[float, ...]]:
     if run.imagenet_default_mean_and_std:
         return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}

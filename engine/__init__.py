@@ -1,9 +1,9 @@
 """Training and evaluation: `train_run` and `evaluate_run` do what a configuration says."""
 
-from .checkpoint import SaveError
 from .cli import parse_arguments
 from .distributed import World, join
 from .evaluate import Metrics, evaluate
+from .outputs import SaveError, check_picture
 from .run import dry_run, evaluate_run, parameter_count, train_run
 from .signals import EXIT_INTERRUPTED, Interrupted
 from .state import NonFiniteLossError, Training
@@ -16,6 +16,7 @@ __all__ = [
     "SaveError",
     "Training",
     "World",
+    "check_picture",
     "dry_run",
     "evaluate",
     "evaluate_run",

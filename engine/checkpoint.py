@@ -11,6 +11,8 @@ import torch
 
 from kernelwarehouse.models import CheckpointError, read_checkpoint
 
+from .outputs import SaveError, writing
+
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 # The end of a zip archive is the length of its comment, in two bytes, and the comment: here a sum of all before it.
@@ -19,17 +21,14 @@ NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
 REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "temperature", "config", "processes"}
 
 
-class SaveError(OSError):
-    """A checkpoint that could not be written; those written before are as they were."""
-
-
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that `path` holds, at every moment, either what it held before or all of `state`.
 
     Raises:
         SaveError: It cannot be written, such as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w+b") as file:

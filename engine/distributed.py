@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kernelwarehouse.schema import ConfigError, RunConfig
 
+from .rendezvous import meet
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,7 +56,8 @@ class World:
         Args:
             model: A network on this process's device.
             static_graph: The same operations come at every step, each with all gradients: with that known, torch
-                communicates better. It fails on a first backward pass within `no_sync`.
+                communicates better. It fails on a first backward pass within `no_sync`; to synchronise that one would
+                round its step otherwise in a run that was interrupted before it.
         """
         if not dist.is_initialized():
             return model
@@ -77,8 +80,8 @@ def join(run: RunConfig) -> Iterator[World]:
     The processes talk through NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ConfigError: `--device cuda` without a GPU, more processes on this machine than GPUs, or several tasks of srun
-            that are not told where to meet.
+        ConfigError: `--device cuda` without a GPU, more processes on this machine than GPUs, several tasks of srun that
+            are not told where to meet, or processes that do not find each other.
     """
     rank, size, local_rank = _place(run)
     device = _device(run.device, local_rank)
@@ -86,7 +89,12 @@ def join(run: RunConfig) -> Iterator[World]:
         yield World(device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=run.dist_url, rank=rank, world_size=size)
+    try:
+        store = meet(run.dist_url, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        raise ConfigError(f"field 'dist_url': process {rank} of {size} does not find the others: {reason}") from e
     try:
         yield World(device, rank, size)
     finally:

@@ -7,17 +7,21 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from tensorboardX import SummaryWriter
+from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from kernelwarehouse.schema import ConfigError, RunConfig
 
 from .distributed import World
+from .outputs import writing
 
 # Without a terminal, a line on the progress within an epoch appears at most this often, in seconds.
 LINE_EVERY = 30.0
@@ -32,10 +36,19 @@ class Progress:
         batch_size: Images of an iteration, over all processes.
         visible: Whether anything is shown.
         done: Iterations that an earlier process has done.
+        see: Called with the first images as the network gets them.
     """
 
-    def __init__(self, title: str, total: int, batch_size: int, visible: bool, done: int = 0):
-        self.title, self.batch_size, self.visible = title, batch_size, visible
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        batch_size: int,
+        visible: bool,
+        done: int = 0,
+        see: Callable[[Tensor], None] | None = None,
+    ):
+        self.title, self.batch_size, self.visible, self.see = title, batch_size, visible, see
         hidden = not visible or not sys.stderr.isatty()
         self.bar = tqdm(desc=title, initial=done, total=total, unit="it", leave=False, disable=hidden)
         self.total, self.before, self.done = total, done, done
@@ -51,6 +64,12 @@ class Progress:
         """Count iterations as done."""
         self.done += iterations
         self.bar.update(iterations)
+
+    def inputs(self, images: Tensor) -> None:
+        """Be told of the images of an iteration."""
+        if self.see:
+            self.see(images)
+            self.see = None
 
     def show(self, **figures: float) -> None:
         """Show the current figures by name, beside the images per second so far, the memory and the time left."""
@@ -71,7 +90,7 @@ class RunLog:
     """The record of a run.
 
     Args:
-        run: Names `output_dir` for log.txt and `log_dir` for TensorBoard's events; empty means none.
+        run: Names `output_dir` for log.txt, which exists, and `log_dir` for TensorBoard's events; empty means none.
         world: Only its main process writes.
 
     Raises:
@@ -82,9 +101,8 @@ class RunLog:
         self.visible = world.is_main
         self.file = Path(run.output_dir, "log.txt") if run.output_dir and self.visible else None
         self.log_dir = run.log_dir if self.visible else ""
+        self.pictures = run.log_images
         self.writer: SummaryWriter | None = None
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
         self.wandb = _wandb() if run.enable_wandb else None
         if self.wandb and self.visible:
             self.wandb.init(project="kernelwarehouse", name=Path(run.output_dir).name or None, config=vars(run))
@@ -94,7 +112,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self.writer:
-            self.writer.close()
+            with writing(self.log_dir):
+                self.writer.close()
         if self.wandb and self.visible:
             self.wandb.finish()
 
@@ -106,30 +125,42 @@ class RunLog:
     def keep(self, name: str, fields: dict[str, Any]) -> None:
         """Write a JSON file of that name beside log.txt."""
         if self.file:
-            self.file.with_name(name).write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
+            path = self.file.with_name(name)
+            with writing(path):
+                path.write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
 
     def start(self, epoch: int) -> None:
         """Begin at that epoch: the record of it and of later ones, which an earlier process left, is taken back."""
         if self.log_dir:
-            self.writer = SummaryWriter(self.log_dir, purge_step=epoch)
+            with writing(self.log_dir):
+                self.writer = SummaryWriter(self.log_dir, purge_step=epoch)
         if self.file and self.file.exists():
             lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch(line) < epoch]
             temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            temporary.replace(self.file)
+            with writing(temporary):
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                temporary.replace(self.file)
+
+    def images(self, epoch: int, images: Tensor) -> None:
+        """Show the first of an epoch's images, (B, 1 or 3, H, W) with values from 0 to 1, in TensorBoard."""
+        if self.writer:
+            grid = make_grid(images[: self.pictures], nrow=math.isqrt(self.pictures - 1) + 1)
+            with writing(self.log_dir):
+                self.writer.add_image("train_inputs", grid.cpu().numpy(), epoch)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Record the figures of an epoch, one JSON object a line."""
         if self.file:
-            with self.file.open("a", encoding="utf-8") as f:
+            with writing(self.file), self.file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
                 f.flush()
                 os.fsync(f.fileno())  # before the checkpoint that makes the epoch done
         if self.writer:
-            for name, value in record.items():
-                if name.startswith(("train_", "test_")):
-                    self.writer.add_scalar(name, value, record["epoch"])
-            self.writer.flush()
+            with writing(self.log_dir):
+                for name, value in record.items():
+                    if name.startswith(("train_", "test_")):
+                        self.writer.add_scalar(name, value, record["epoch"])
+                self.writer.flush()
         if self.wandb and self.visible:
             self.wandb.log(record)
 

@@ -13,6 +13,7 @@ from kernelwarehouse.schema import RunConfig
 from .distributed import World
 from .evaluate import Predictions
 from .log import RunLog
+from .outputs import writing
 
 # Up to so many classes, the matrix shows their names and counts.
 READABLE = 20
@@ -22,15 +23,21 @@ def write_reports(run: RunConfig, dataset: Any, predictions: Predictions) -> Non
     """Write the files that `run` names in per_class, confusion and predictions, where it names any.
 
     An image with several acceptable classes counts as one of the first; one without any counts only in predictions.
+
+    Raises:
+        SaveError: One of them cannot be written.
     """
     truth = predictions.labels[:, 0]
     if run.per_class:
-        _write_classes(run.per_class, dataset.classes, truth, predictions.classes)
+        with writing(run.per_class):
+            _write_classes(run.per_class, dataset.classes, truth, predictions.classes)
     if run.confusion:
         counts = confusion_matrix(truth, predictions.classes[:, 0], len(dataset.classes))
-        draw_confusion(counts, dataset.classes).savefig(run.confusion, dpi=150)
+        with writing(run.confusion):
+            draw_confusion(counts, dataset.classes).savefig(run.confusion, dpi=150)
     if run.predictions:
-        _write_images(run.predictions, dataset, predictions)
+        with writing(run.predictions):
+            _write_images(run.predictions, dataset, predictions)
 
 
 def say_corrupt(dataset: Any, world: World, log: RunLog) -> None:

@@ -1,13 +1,21 @@
 """A whole run: from a configuration to a trained network, or to the accuracy of a checkpoint."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kernelwarehouse.datasets import Relabelled, build_dataset, build_datasets, build_eval_loader, build_train_loader
+from kernelwarehouse.datasets import (
+    Relabelled,
+    build_dataset,
+    build_datasets,
+    build_eval_loader,
+    build_train_loader,
+    viewable,
+)
 from kernelwarehouse.models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
 from kernelwarehouse.schema import Config, ConfigError
 
@@ -16,6 +24,7 @@ from .dry_run import describe
 from .evaluate import Metrics, at_size, evaluate, predict
 from .keeper import Keeper
 from .log import Progress, RunLog, say
+from .outputs import check_outputs
 from .report import say_corrupt, write_reports
 from .resume import check_agreement, find_checkpoint, keep_total_batch, resume
 from .signals import heed_signals
@@ -29,12 +38,14 @@ def evaluate_run(config: Config, world: World) -> Metrics:
     With an `output_dir`, eval.json keeps it; of several sizes, the last.
 
     Raises:
-        ConfigError: Neither is given, or the data cannot be read.
+        ConfigError: Neither is given, the data cannot be read, or a file cannot be written.
         CheckpointError: The checkpoint cannot be used.
+        SaveError: A file that could be written before cannot be any more.
     """
     run = config.run
     if not run.resume and not config.model.pretrained:
         raise ConfigError("field 'resume': nothing to evaluate; pass --resume CHECKPOINT, or --pretrained true")
+    check_outputs(run, world)
     sizes = run.eval_sizes or (config.model.input_size,)
     loaders = {
         size: _eval_loader(replace(config, model=replace(config.model, input_size=size)), world) for size in sizes
@@ -76,13 +87,15 @@ def train_run(config: Config, world: World) -> Training:
     """Train as `config` says, from the newest checkpoint in `output_dir` if there is one.
 
     Raises:
-        ConfigError: The data, the model and the recipe do not go together; before the first step.
+        ConfigError: The data, the model and the recipe do not go together, or a folder cannot be written; before the
+            first step.
         CheckpointError: A checkpoint to start from cannot be used.
-        SaveError: A checkpoint cannot be written.
+        SaveError: A checkpoint or the log cannot be written.
         NonFiniteLossError: The training diverged.
         Interrupted: A signal told it to end; its state is saved where checkpoints are kept.
     """
     with heed_signals() as notice:
+        check_outputs(config.run, world)
         training, train_loader, eval_loader, path = _prepare(config, world)
         with RunLog(config.run, world) as log:
             log.keep("config.json", training.config.to_fields())
@@ -146,8 +159,9 @@ def fit(
         was_annealing = schedule.temperature(epoch * schedule.iterations_per_epoch) > 0
         training.begin_epoch()
         batch, done = run.batch_size * world.size, training.iteration
+        see = partial(_show_inputs, training, log) if log.writer and run.log_images else None
         try:
-            with Progress(f"epoch {epoch}", len(train_loader), batch, log.visible, done) as progress:
+            with Progress(f"epoch {epoch}", len(train_loader), batch, log.visible, done, see) as progress:
                 figures = train_epoch(training, train_loader, progress, keeper)
             training.end_epoch()
             training.set_temperature()
@@ -179,6 +193,10 @@ def evaluate_epoch(training: Training, loader: DataLoader, record: dict[str, flo
             training.best[key] = metrics.acc1
             improved.append(key)
     return improved
+
+
+def _show_inputs(training: Training, log: RunLog, images: Tensor) -> None:
+    log.images(training.epoch, viewable(images, training.config))
 
 
 def parameter_count(model: nn.Module) -> int:

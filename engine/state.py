@@ -78,9 +78,7 @@ class Training:
         run = config.run
         freeze_parameters(model, run.freeze)
         if run.sync_bn:
-            if world.device.type != "cuda":
-                raise ConfigError("field 'sync_bn': torch normalises over processes on GPUs only; pass --sync_bn false")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = synchronise_norms(model, world.device)
         if run.channels_last:
             model = model.to(memory_format=torch.channels_last)
         schedule = Schedule.build(run, iterations_per_epoch)
@@ -203,6 +201,19 @@ class Training:
             self.losses.copy_(torch.tensor(mine["losses"], dtype=torch.float64))
         elif self.world.is_main:
             self.losses.copy_(torch.tensor([p["losses"] for p in processes], dtype=torch.float64).sum(0))
+
+
+def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let every BatchNorm in `model`, those of attentions too, normalise over the batches of all processes together.
+
+    Raises:
+        ConfigError: `device` is no GPU, or there is no BatchNorm.
+    """
+    if device.type != "cuda":  # torch's SyncBatchNorm refuses other tensors, also over gloo
+        raise ConfigError("field 'sync_bn': torch normalises over processes on GPUs only; pass --sync_bn false")
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ConfigError("field 'sync_bn': the network has no BatchNorm; pass --sync_bn false")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def _mixup(config: Config) -> Mixup | None:

@@ -87,7 +87,7 @@ def train_epoch(training: Training, loader: DataLoader, progress: Progress, keep
         training: What is trained and how; it changes in place.
         loader: This process's micro-batches, all of one size. Every `run.update_freq` of them make a step; the last
             step of the epoch takes those that are left.
-        progress: Told of each step.
+        progress: Told of each step and each micro-batch.
         keeper: Writes checkpoints between steps, and hears of signals.
 
     Returns:
@@ -109,7 +109,7 @@ def train_epoch(training: Training, loader: DataLoader, progress: Progress, keep
         set_lr(training.optimizer, schedule.lr(training.step))
         set_weight_decay(training.optimizer, schedule.decay(training.step))
         buffers.take()
-        votes = accumulate_gradients(training, islice(remaining, len(window)), window, keeper)
+        votes = accumulate_gradients(training, islice(remaining, len(window)), window, progress, keeper)
         if votes.bad:
             buffers.restore()
             skip_step(training, window)
@@ -132,7 +132,7 @@ def train_epoch(training: Training, loader: DataLoader, progress: Progress, keep
 
 
 def accumulate_gradients(
-    training: Training, batches: Iterator[tuple[Tensor, Tensor]], window: range, keeper: Keeper
+    training: Training, batches: Iterator[tuple[Tensor, Tensor]], window: range, progress: Progress, keeper: Keeper
 ) -> Votes:
     """Add up the gradients of the micro-batches of a step, whose numbers in the epoch are `window`."""
     run, world, schedule = training.run, training.world, training.schedule
@@ -149,6 +149,7 @@ def accumulate_gradients(
             images, targets = training.mixup(images, targets)
         if run.channels_last:
             images = images.to(memory_format=torch.channels_last)
+        progress.inputs(images)
         # Gradients travel between processes once a step, with the last micro-batch.
         ends_step = index + 1 == window.stop
         with nullcontext() if ends_step else training.no_sync():

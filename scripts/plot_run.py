@@ -2,17 +2,30 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kernelwarehouse.engine import check_picture
+from kernelwarehouse.schema import ConfigError
+
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """Return the record of each epoch in log.txt; of an epoch that was repeated, the last."""
-    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
-    return list({record["epoch"]: record for record in map(json.loads, lines)}.values())
+    """Return the record of each epoch in log.txt; of an epoch that was repeated, the last.
+
+    Raises:
+        ConfigError: There is no such file, or it is none of ours.
+    """
+    path = run / "log.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
+        return list({record["epoch"]: record for record in records}.values())
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: no log of a run: {e}") from e
 
 
 def plot(runs: Sequence[Path]) -> Figure:
@@ -44,10 +57,21 @@ def plot(runs: Sequence[Path]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the command line; return 0, or 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with a log.txt")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="picture to write")
     arguments = parser.parse_args()
-    plot(arguments.runs).savefig(arguments.output, dpi=120)
+    try:
+        check_picture("--output", arguments.output)
+        plot(arguments.runs).savefig(arguments.output, dpi=120)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     print(f"curves: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from kernelwarehouse.datasets import eval_transform
+from kernelwarehouse.engine import check_picture
 from kernelwarehouse.models import CheckpointError, build_model, load_checkpoint, read_checkpoint, set_temperature
 from kernelwarehouse.schema import Config, ConfigError, load_config
 
@@ -160,6 +161,7 @@ def main() -> int:
     parser.add_argument("--model_key", default="model", metavar="KEY", help="model, or model_ema for the average")
     arguments = parser.parse_args()
     try:
+        check_picture("--output", arguments.output)
         model, config = load(arguments.checkpoint, arguments.model_key)
         layers = collect(model, read_images(arguments.images, config))
     except (ConfigError, CheckpointError) as e:

@@ -3,13 +3,17 @@
 import importlib.util
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from kernelwarehouse.engine import parse_arguments
+from kernelwarehouse.engine import EXIT_INTERRUPTED, parse_arguments
+from kernelwarehouse.engine.checkpoint import newest_checkpoint
 from kernelwarehouse.schema import ConfigError, known_fields
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +132,8 @@ def test_a_mistyped_option_is_named_with_its_nearest(file, words, message):
         ("--eval --resume absent.pth", "absent.pth: no such checkpoint"),
         ("--resume absent.pth", "absent.pth: no such checkpoint"),
         ("--finetune absent.pth", "absent.pth: no such checkpoint"),
+        ("--output_dir /dev/null/run", "field 'output_dir': /dev/null/run cannot be written"),
+        ("--eval --resume absent.pth --predictions /nowhere/p.csv", "field 'predictions': /nowhere/p.csv cannot be"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_status_2(main, file, words, message, capsys):
@@ -152,6 +158,49 @@ def test_the_kept_configuration_starts_the_same_run(main, file, tmp_path):
     assert main(["--kw_config", file, "--epochs", "1", "--output_dir", str(tmp_path / "run")]) == 0
     kept = parse_arguments(["--kw_config", str(tmp_path / "run" / "config.json")])
     assert kept == parse_arguments(["--kw_config", file, "--epochs", "1", "--output_dir", str(tmp_path / "run")])
+
+
+def start(*words, **options):
+    """main.py as a process of its own."""
+    command = [sys.executable, "main.py", *words]
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipe, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_process_with_its_state_saved_and_status_75(file, tmp_path, number):
+    run = tmp_path / "run"
+    process = start("--kw_config", file, "--epochs", "10000", "--output_dir", str(run), "--disable_eval")
+    while not list(run.glob("checkpoint-*.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED == 75
+    assert error == "told to end by a signal\n"
+    path, state = newest_checkpoint(run)
+    assert state["iteration"] > 0
+    assert path.name == f"checkpoint-{state['epoch'] + 1}-{state['step']}.pth"
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(main, file, tmp_path, capsys):
+    """A limit on the size of files, which the second epoch's checkpoint does not fit, stands for a full disk."""
+    run = tmp_path / "run"
+    words = ["--kw_config", file, "--output_dir", str(run)]
+    assert main([*words, "--epochs", "1"]) == 0
+    before = {path.name: path.read_bytes() for path in run.glob("checkpoint-*")}
+    process = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert error.startswith("error: ")
+    assert "could not be written, and is as it was before" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in run.glob("checkpoint-*")} == before
+    assert main(words) == 0
+    assert "continuing from" in capsys.readouterr().out
+    assert [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()] == [0, 1]
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ class RunConfig:
         imagenet_default_mean_and_std: Normalise by ImageNet's statistics, else by Inception's 0.5.
         output_dir: Folder for checkpoints and log.txt; empty: nothing is kept.
         log_dir: Folder for TensorBoard's events; empty: none.
+        log_images: How many augmented images of each epoch TensorBoard shows; 0 for none.
         enable_wandb: Record the run with Weights & Biases too, which must be installed.
         save_ckpt: Write checkpoints.
         save_ckpt_freq: Epochs between checkpoints.
@@ -146,6 +147,7 @@ class RunConfig:
     imagenet_default_mean_and_std: bool = True
     output_dir: str = ""
     log_dir: str = ""
+    log_images: int = 16
     enable_wandb: bool = False
     save_ckpt: bool = True
     save_ckpt_freq: int = 1
@@ -175,7 +177,7 @@ class RunConfig:
         for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay", "temp_init_value"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._require("skip_corrupt", self.skip_corrupt >= 0, "at least 0")
-        for name in ("save_ckpt_steps", "save_ckpt_minutes", "max_bad_steps"):
+        for name in ("save_ckpt_steps", "save_ckpt_minutes", "max_bad_steps", "log_images"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("weight_decay_end", (self.weight_decay_end or 0) >= 0, "at least 0, or null for no schedule")
         self._require("eval_sizes", all(size >= 1 for size in self.eval_sizes), "at least 1 pixel each")

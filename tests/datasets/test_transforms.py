@@ -10,7 +10,7 @@ from timm.data import auto_augment, create_transform
 from timm.utils import random_seed
 from torchvision import transforms as T
 
-from kernelwarehouse.datasets import Digits, build_dataset, eval_transform, train_transform, transforms
+from kernelwarehouse.datasets import Digits, build_dataset, eval_transform, train_transform, transforms, viewable
 from kernelwarehouse.schema import ConfigError, load_config
 
 DRAWS = 10_000
@@ -202,3 +202,26 @@ def test_digits_fill_the_input_size_and_the_channels():
     assert (restored - stored).abs().mean() < 0.12  # blurred, and no other digit
     varied = build_dataset(load_config(fields), train=True)
     assert not torch.equal(varied[0][0], varied[0][0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("by_imagenet", [True, False])
+def test_a_normalised_image_can_be_viewed_again(channels, by_imagenet):
+    fields = config(input_size=64, crop_pct=1.0, in_chans=channels, imagenet_default_mean_and_std=by_imagenet)
+    seen = PHOTOGRAPHS[0].resize((64, 64))
+    viewed = viewable(eval_transform(fields)(seen)[None], fields)[0]
+    expected = T.functional.to_tensor(seen)
+    if channels == 1:  # the statistics of the colours differ a little
+        torch.testing.assert_close(viewed, expected.mean(0, keepdim=True), atol=0.02, rtol=0)
+    else:
+        torch.testing.assert_close(viewed, expected)
+
+
+def test_digits_can_be_viewed_again_with_any_number_of_channels():
+    stored = Digits(train=False)[0][0]
+    for channels in (1, 2, 3, 5):
+        fields = load_config(
+            {"model": "resnet18", "data_set": "DIGITS", "nb_classes": 10, "input_size": 8, "in_chans": channels}
+        )
+        viewed = viewable(eval_transform(fields)(stored)[None], fields)[0]
+        torch.testing.assert_close(viewed, stored.expand(3 if channels == 3 else 1, 8, 8), atol=1e-6, rtol=0)

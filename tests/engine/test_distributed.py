@@ -108,6 +108,16 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
         assert torch.equal(world.reduce(torch.ones(2)), torch.ones(2))
 
 
+@pytest.mark.parametrize(("url", "reason"), [("env://", "MASTER_ADDR"), ("nowhere://", "nowhere")])
+def test_processes_that_cannot_meet_say_so_on_one_line(monkeypatch, url, reason):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    message = rf"'dist_url': process 1 of 2 does not find the others: .*{reason}.*$"
+    with pytest.raises(ConfigError, match=message), join(RunConfig(device="cpu", dist_url=url)):
+        pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"'device'.*found 0"), join(RunConfig(device="cuda")):

@@ -1,11 +1,17 @@
 """What a run says and keeps."""
 
+import io
+import struct
 import sys
 import types
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
-from kernelwarehouse.engine import log
+from kernelwarehouse.datasets import begin_epoch, build_dataset, build_train_loader, viewable
+from kernelwarehouse.engine import log, train_run
 from kernelwarehouse.engine.log import Progress, RunLog
 from kernelwarehouse.schema import ConfigError, RunConfig
 
@@ -37,6 +43,43 @@ def test_weights_and_biases_receive_what_the_log_receives(cpu, monkeypatch, tmp_
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     record = {"epoch": 0, "train_loss": 1.0}
+    (tmp_path / "run").mkdir()
     with RunLog(RunConfig(enable_wandb=True, output_dir=str(tmp_path / "run")), cpu) as run:
         run.epoch(record)
     assert calls == ["run", record, "finish"]
+
+
+def read_events(folder):
+    """The values in a folder of TensorBoard's, as (step, value); a record is its length, a sum, itself and a sum."""
+    content, values = b"".join(path.read_bytes() for path in sorted(folder.iterdir())), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        values += [(event.step, value) for value in event.summary.value]
+        content = content[16 + length :]
+    return values
+
+
+def test_tensorboard_shows_the_figures_and_the_first_images_of_each_epoch(tiny_config, cpu, tmp_path):
+    config = tiny_config(log_dir=str(tmp_path), epochs=2, log_images=9, reprob=0.5, disable_eval=True)
+    train_run(config, cpu)
+    values = read_events(tmp_path)
+    assert {(step, v.tag) for step, v in values if not v.HasField("image")} == {
+        (epoch, f"train_{name}") for epoch in (0, 1) for name in ("loss", "lr")
+    }
+    shown = {step: v for step, v in values if v.HasField("image")}
+    assert [v.tag for v in shown.values()] == ["train_inputs"] * 2
+    loader = build_train_loader(build_dataset(config, train=True), config.run)
+    for epoch in (0, 1):
+        begin_epoch(loader, epoch)
+        images, _ = next(iter(loader))
+        first = (viewable(images, config)[0, 0] * 255).numpy()
+        grid = np.asarray(Image.open(io.BytesIO(shown[epoch].image.encoded_image_string)))
+        assert grid.shape == (3 * 18 + 2, 3 * 18 + 2, 3)  # three by three images of 16 pixels, with lines of two
+        np.testing.assert_allclose(grid[2:18, 2:18, 0], first, atol=1.01)
+    assert shown[0] != shown[1]
+
+
+def test_images_can_be_left_out(tiny_config, cpu, tmp_path):
+    train_run(tiny_config(log_dir=str(tmp_path), epochs=1, log_images=0), cpu)
+    assert not any(v.HasField("image") for _, v in read_events(tmp_path))

@@ -4,8 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +23,7 @@ from kernelwarehouse.engine.resume import keep_total_batch
 from kernelwarehouse.models import CheckpointError
 from kernelwarehouse.schema import ConfigError
 
+ROOT = Path(__file__).parents[2]
 # Everything that draws at random or has a state: augmentation, mixing, dropout, annealing, momenta, averages.
 FIELDS = {
     "model": "kw_resnet18",
@@ -113,25 +117,29 @@ def uninterrupted(configure, tmp_path_factory):
     return folder, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_instants(configure, uninterrupted, tmp_path):
+    """Each start lives a random time, a sixth of a whole run on average, and so a run is killed several times."""
     expected, seconds = uninterrupted
     instants = random.Random(0)
-    kills, runs = 0, 0
+    kills, runs, places = 0, 0, set()
     while kills < 20:
         runs += 1
         folder = tmp_path / str(runs)
         while True:
             process = start(configure(folder))
             if kills < 20:
-                process.join(instants.uniform(0, seconds))
+                process.join(instants.uniform(0, seconds / 3))
                 process.kill()
             (status,) = finish(process)
             if status == 0:
                 break
             assert status == -signal.SIGKILL
             kills += 1
+            places.add(max((path.name for path in folder.glob("checkpoint-?-*.pth")), default=None))
         assert_same_run(folder, expected)
         assert len(list(folder.glob("checkpoint-*.pth"))) == 3 + 2
+    assert len(places) > 4  # they struck in different steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -200,6 +208,79 @@ def test_two_processes_killed_and_started_again(configure, uninterrupted_pair, t
     agent.join()
     assert finish(run_elastic(configure(tmp_path, batch_size=64), 0)) == [0]
     assert_same_run(tmp_path, uninterrupted_pair)
+
+
+def test_torchrun_starts_again_when_one_of_two_processes_is_killed(configure, uninterrupted_pair, tmp_path):
+    """Twice; the processes of each attempt meet afresh, though torchrun's store remembers the killed one's address."""
+    agent = run_elastic(configure(tmp_path, batch_size=64), 2)
+    draw, killed = random.Random(0), set()
+    for _ in range(2):
+        before = newest(tmp_path)
+        while len(workers := children(agent.pid) - killed) < 2 or newest(tmp_path) == before:
+            assert agent.is_alive()
+            time.sleep(0.01)
+        os.kill(draw.choice(sorted(workers)), signal.SIGKILL)
+        killed |= workers
+    assert finish(agent) == [0]
+    assert_same_run(tmp_path, uninterrupted_pair)
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with a cable between them: for each, how to start something there, and its address."""
+    if not shutil.which("ip"):
+        pytest.skip("no ip command to make network namespaces with")
+    names = [f"kw{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words):
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"network namespaces are not permitted here: ip {' '.join(words)}: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.0.0.{number}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "cable", "up")
+        yield [(["ip", "netns", "exec", name], f"10.0.0.{number}") for number, name in enumerate(names, 1)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_when_one_loses_its_process(configure, uninterrupted_pair, two_machines, tmp_path):
+    """Each launcher counts its own restarts: one and none. The machines share a name, and so are told who is host."""
+    run, file = tmp_path / "run", tmp_path / "config.json"
+    file.write_text(json.dumps(configure(run, batch_size=64).to_fields()))
+    arguments = ["--kw_config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{two_machines[0][1]}:29400"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max_restarts", "1", *meeting]
+    launchers = [
+        subprocess.Popen(
+            [*there, *torchrun, "--local_addr", address, "--rdzv_conf", f"is_host={i == 0}", "main.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / address).open("w"),
+        )
+        for i, (there, address) in enumerate(two_machines)
+    ]
+    try:
+        while not newest(run):
+            assert all(launcher.poll() is None for launcher in launchers), (tmp_path / two_machines[0][1]).read_text()
+            time.sleep(0.05)
+        (worker,) = children(launchers[1].pid)
+        os.kill(worker, signal.SIGKILL)
+        assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()
+    assert_same_run(run, uninterrupted_pair)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -2,11 +2,12 @@
 
 import json
 import os
+import types
 
 import pytest
 import torch
 
-from kernelwarehouse.engine import evaluate_run, train_run
+from kernelwarehouse.engine import evaluate_run, keeper, train, train_run
 from kernelwarehouse.engine import run as run_module
 from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.models import CheckpointError, build_model
@@ -48,6 +49,16 @@ def test_a_run_keeps_its_last_checkpoints_its_best_its_log_and_its_configuration
 def test_checkpoints_can_be_rare_but_the_last_epoch_is_always_saved(tiny_config, cpu, tmp_path):
     train_run(tiny_config(output_dir=str(tmp_path), epochs=3, save_ckpt_freq=2, disable_eval=True), cpu)
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["checkpoint-1.pth", "checkpoint-2.pth"]
+
+
+def test_a_checkpoint_is_written_every_so_many_minutes(tiny_config, cpu, tmp_path, monkeypatch):
+    """By a clock on which a step takes twenty seconds. Eleven steps make an epoch; a step asks when it begins."""
+    update_weights, steps = train.update_weights, []
+    monkeypatch.setattr(train, "update_weights", lambda training: (update_weights(training), steps.append(training)))
+    monkeypatch.setattr(keeper, "time", types.SimpleNamespace(monotonic=lambda: 20.0 * len(steps)))
+    train_run(tiny_config(output_dir=str(tmp_path), epochs=1, save_ckpt_minutes=1, save_ckpt_num=9), cpu)
+    assert len(steps) == 11
+    assert sorted(read_state(path)["step"] for path in tmp_path.glob("checkpoint-0-*.pth")) == [4, 8]
 
 
 @pytest.mark.parametrize("epochs", [1, 3], ids=["while_annealing", "after"])

@@ -8,6 +8,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from kernelwarehouse.engine import NonFiniteLossError, Training
+from kernelwarehouse.engine.state import synchronise_norms
 from kernelwarehouse.engine.train import update_weights
 from kernelwarehouse.models import build_model
 from kernelwarehouse.schema import ConfigError
@@ -230,3 +231,20 @@ def test_a_compiled_training_learns_the_same(tiny_config, cpu, train_one_epoch, 
 def test_synchronised_norms_need_gpus(tiny_config, cpu):
     with pytest.raises(ConfigError, match=r"'sync_bn'.*--sync_bn false"):
         Training.build(linear_net(), tiny_config(sync_bn=True), cpu, 1)
+
+
+def test_synchronised_norms_replace_all_norms_and_keep_the_network(tiny_config):
+    model = build_model(tiny_config(**CONVERTED).model)
+    before = copy.deepcopy(model)
+    norms = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)}
+    assert any("attention" in name for name in norms)
+    converted = synchronise_norms(model, torch.device("cuda"))
+    assert {name for name, m in converted.named_modules() if isinstance(m, nn.SyncBatchNorm)} == norms
+    assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in converted.modules())
+    images = torch.randn(2, 1, 16, 16)
+    assert torch.equal(converted.eval()(images), before.eval()(images))
+
+
+def test_there_must_be_norms_to_synchronise():
+    with pytest.raises(ConfigError, match=r"'sync_bn'.*no BatchNorm"):
+        synchronise_norms(linear_net(), torch.device("cuda"))
