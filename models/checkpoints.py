@@ -147,8 +147,9 @@ def upstream_names(model: nn.Module) -> dict[str, str]:
 def to_upstream(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights with upstream's names and shapes."""
     state = {}
+    ours = model.state_dict()
     for key, theirs in upstream_names(model).items():
-        value = model.state_dict()[key]
+        value = ours[key]
         converted_gamma = theirs.endswith(".gamma") and hasattr(model, "warehouses")
         state[theirs] = value.reshape(1, -1, 1, 1) if converted_gamma else value
     return state

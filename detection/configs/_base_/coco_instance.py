@@ -1,0 +1,15 @@
+"""COCO with boxes and masks, in data/coco; train.py and test.py take another folder by --data-root."""
+
+_base_ = ["mmdet::_base_/datasets/coco_instance.py", "multi_scale.py"]
+
+train_dataloader = dict(
+    dataset=dict(
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+            dict(type="RandomFlip", prob=0.5),
+            _base_.multi_scale,
+            dict(type="PackDetInputs"),
+        ]
+    )
+)
