@@ -1,8 +1,12 @@
 """Which implementation costs least, by counts of what it computes and moves.
 
 Costs are in multiply-adds of a large matrix product. The factors are measured, on a CPU, over the layers of ResNet18,
-ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 64 (`scripts/benchmark.py --layers`). On a GPU only one of them
-is known: a convolution with a group for every sample is slow there (by 10 or more, as upstream's users report).
+ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 64 (`scripts/benchmark.py --layers`).
+
+On a GPU none of them is measured. They are reasoned: a convolution with a group for every sample is slow there (by 10
+or more, as upstream's users report), and an A100 or an H100 makes about 100 multiply-adds of a product in bf16 while it
+moves one byte, so that writing and reading one value costs 400, and putting it in order as much again. The fused
+convolution has not run on a GPU yet and is taken only by name.
 """
 
 import math
@@ -42,7 +46,10 @@ class Factors:
     read: float = 30
 
 
-FACTORS = {"cpu": Factors(grouped=1.0), "cuda": Factors(grouped=10.0)}
+FACTORS = {
+    "cpu": Factors(grouped=1.0),
+    "cuda": Factors(grouped=10.0, tile=400, column=400, kernel=800, far_kernel=800, mixed_input=400),
+}
 
 
 def cheapest(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
@@ -89,7 +96,7 @@ def costs(
 
 
 def folding_saves(
-    partition: Partition, hidden: int, num_cells: int, batch: int, positions: int, itemsize: int
+    partition: Partition, hidden: int, num_cells: int, batch: int, positions: int, itemsize: int, factors: Factors
 ) -> float:
     """What a sample of a batch costs less when attention and cells are folded (`folded`); negative where it is more.
 
@@ -102,8 +109,8 @@ def folding_saves(
         batch: Samples.
         positions: P, output positions of a sample.
         itemsize: Bytes of a value.
+        factors: Of the device.
     """
-    factors = FACTORS["cpu"]
     kernel = math.prod(partition.kernel)
     now = min(costs(partition, num_cells, batch, positions, itemsize, factors).values())
     folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)["streamed"]

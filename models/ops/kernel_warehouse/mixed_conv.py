@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..dynamic_conv import Geometry, dynamic_conv_from_geometry
 from .cost import cheapest
+from .fused import fused_conv
 from .inputs import inputs_conv
 from .mixing import mix
 from .naive import naive_mix
@@ -35,6 +36,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Partition, Geometry
     "grouped": grouped_conv,
     "kernels": kernels_conv,
     "streamed": streamed_conv,
+    "fused": fused_conv,
     "inputs": inputs_conv,
 }
 
@@ -79,10 +81,10 @@ def supports(implementation: str, partition: Partition, geometry: Geometry) -> b
     """Whether an implementation can compute a convolution.
 
     In a grouped convolution the output channels of one cell may read different inputs, and a graph for export must not
-    depend on the size that it happens to be made with: both need whole kernels. Streaming needs cells that span one
-    position of the kernel.
+    depend on the size that it happens to be made with: both need whole kernels. Streaming, fused or not, needs cells
+    that span one position of the kernel.
     """
-    if implementation not in ("streamed", "inputs"):
+    if implementation not in ("streamed", "fused", "inputs"):
         return True
     if geometry.groups > 1 or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False

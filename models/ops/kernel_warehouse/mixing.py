@@ -37,7 +37,7 @@ def mix_rows(attention: Tensor, cells: Tensor) -> Tensor:
     """
     rows = cells.transpose(0, 1).flatten(2).to(attention.dtype)
     if rows.shape[2] == 1:
-        return torch.matmul(rows.squeeze(2), attention.mT).unsqueeze(2)
+        return torch.matmul(rows.squeeze(2), attention.t()).unsqueeze(2)
     return torch.bmm(attention.expand(len(rows), -1, -1), rows)
 
 

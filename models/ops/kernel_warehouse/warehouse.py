@@ -15,7 +15,7 @@ class Warehouses(nn.Module):
 
     Cells have the shape (n, cout, cin, *c) and lie in memory as (cout, n, cin, *c): mixing reads, for one output
     channel after the other, that channel's row of every cell. Any other layout, as ``load_state_dict(assign=True)`` may
-    bring in, is as correct and slower.
+    bring in, is as correct and slower. (As with weights in channels_last, safetensors wants ``contiguous()`` copies.)
 
     Attributes:
         temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.

@@ -24,7 +24,7 @@ from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
 from .layers import LAYERS, make, naive_forward
 from .parity import assert_parity
 
-FAST = [name for name in IMPLEMENTATIONS if name != "naive"]
+FAST = [name for name in IMPLEMENTATIONS if name not in ("naive", "fused")]  # fused: see test_fused
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
@@ -194,7 +194,7 @@ def test_forced_by_name():
     net = build_model("configs/quickstart/kw1x_resnet18.json")
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
-    with pytest.raises(ValueError, match="auto, naive, grouped, kernels, streamed, inputs; found 'fast'"):
+    with pytest.raises(ValueError, match="auto, naive, grouped, kernels, streamed, fused, inputs; found 'fast'"):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
         set_implementation(nn.Linear(2, 2), "auto")

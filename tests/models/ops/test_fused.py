@@ -1,0 +1,250 @@
+"""The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any.
+
+Triton decides when a kernel is defined whether it is interpreted, so that one process cannot do both.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernelwarehouse.models.ops import kernel_warehouse
+from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_conv
+from kernelwarehouse.models.ops.kernel_warehouse.cost import cheapest
+
+from .layers import make, naive_forward
+from .parity import assert_parity
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+# kernel, cell, size of the input, and the convolution's arguments; tiles are 16 × 32 × 8 in the interpreter
+CASES = {
+    "padding": ((12, 6, 3, 3), (6, 3, 1, 1), (7, 5), {"padding": 1}),
+    "stride": ((4, 6, 3, 3), (2, 6, 1, 1), (7, 5), {"stride": 2}),
+    "one-pixel": ((4, 6, 3, 3), (4, 3, 1, 1), (1, 1), {"padding": 1}),
+    "unequal": ((6, 4, 3, 3), (3, 2, 1, 1), (7, 5), {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
+    "stride-and-dilation": ((4, 3, 3, 2), (2, 3, 1, 1), (9, 7), {"stride": (2, 3), "padding": 3, "dilation": (2, 1)}),
+    "unread-pixels": ((3, 2, 2, 1), (3, 1, 1, 1), (9, 7), {"stride": 4}),
+    "unequal-padding": ((3, 2, 2, 2), (3, 2, 1, 1), (4, 5), {"padding": "same"}),
+    "reflect": ((4, 3, 3, 3), (2, 3, 1, 1), (5, 4), {"padding": 1, "padding_mode": "reflect"}),
+    "pointwise": ((8, 6, 1, 1), (4, 3, 1, 1), (7, 5), {}),
+    "pointwise-stride": ((6, 4, 1, 1), (3, 4, 1, 1), (7, 5), {"stride": 2}),
+    "several-tiles": ((34, 18, 1, 2), (17, 9, 1, 1), (7, 6), {"padding": (0, 1)}),
+    "one-channel": ((1, 1, 3, 3), (1, 1, 1, 1), (4, 5), {"padding": 1}),
+    "line": ((6, 4, 5), (3, 2, 1), (9,), {"stride": 2, "padding": 2, "dilation": 2}),
+}
+
+
+def case(name):
+    torch.manual_seed(0)
+    kernel, cell, size, arguments = CASES[name]
+    partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], **arguments)
+    shapes = (2, partition.mixtures, 5), (5, *cell), (2, kernel[1], *size)
+    leaves = [torch.randn(shape, dtype=torch.float64, device=DEVICE).requires_grad_() for shape in shapes]
+    return partition, geometry, leaves
+
+
+def multiply_bfloat16(monkeypatch):
+    """Triton's interpreter holds bfloat16 as whole numbers, and its product takes them for such."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter():
+    """Everything in `TestKernels`, on the CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run([*command, "-k", "TestKernels"], capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    assert int(done.stdout.splitlines()[-1].split()[0]) > len(CASES)
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter, and on a GPU")
+class TestKernels:
+    @pytest.fixture(autouse=True)
+    def nothing_is_streamed(self, monkeypatch):
+        monkeypatch.setattr(fused, "streamed_conv", None)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_parity_with_naive(self, name):
+        partition, geometry, (alpha, cells, x) = case(name)
+        assert_parity(
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "fused"),
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
+            {"alpha": alpha, "cells": cells, "x": x},
+        )
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)]
+    )
+    def test_lower_precision_is_near_the_truth(self, dtype, tolerance, monkeypatch):
+        if INTERPRETED:
+            multiply_bfloat16(monkeypatch)
+        partition, geometry, (alpha, cells, x) = case("padding")
+        assert_parity(
+            lambda: mixed_conv(alpha.to(dtype), cells, x.to(dtype), partition, geometry, "fused"),
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
+            {"alpha": alpha, "cells": cells, "x": x},
+            tolerance,
+        )
+
+    def test_any_layout(self):
+        """Channels last stay so; cells, inputs and gradients may have any strides."""
+        partition, geometry, (alpha, cells, x) = case("stride")
+        expected = mixed_conv(alpha, cells, x, partition, geometry, "naive")
+        truth = torch.autograd.grad(expected.sum(), (alpha, cells, x))
+        images = {
+            "channels last": x.to(memory_format=torch.channels_last),
+            "a part": torch.stack([x, x], -1)[..., 1],
+            "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        }
+        for name, image in images.items():
+            rows = cells.transpose(0, 1).contiguous().transpose(0, 1)
+            y = mixed_conv(alpha, rows, image, partition, geometry, "fused")
+            assert y.is_contiguous(memory_format=torch.channels_last) == (name == "channels last")
+            torch.testing.assert_close(y, expected, check_stride=False)
+            received = torch.autograd.grad(y.sum(), (alpha, cells, x))  # of which every stride is 0
+            torch.testing.assert_close(received, truth, check_stride=False)
+
+    def test_kernels_of_a_few_samples_at_a_time(self, monkeypatch):
+        partition, geometry, (alpha, cells, x) = case("stride")
+        alpha, x = (torch.cat([t, 2 * t, 3 * t[:1]]).detach().requires_grad_() for t in (alpha, x))
+        monkeypatch.setattr(fused, "_CHUNK_BYTES", 3 * 4 * 6 * 9 * 8)
+        whole = torch.empty(5, 2, 9, 5, dtype=torch.float64)
+        assert list(fused._chunks(whole, cells)) == [slice(0, 3), slice(3, 5)]
+        assert_parity(
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "fused"),
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
+            {"alpha": alpha, "cells": cells, "x": x},
+        )
+
+    @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+    def test_gradients_that_nobody_wants_are_not_computed(self, wanted):
+        partition, geometry, tensors = case("pointwise")
+        tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        mixed_conv(*tensors, partition, geometry, "fused").square().sum().backward()
+        assert tuple(t.grad is not None for t in tensors) == wanted
+
+    def test_an_input_smaller_than_the_kernel_is_refused(self):
+        partition, geometry, (alpha, cells, x) = case("stride")
+        with pytest.raises(ValueError, match="an input of 2 × 5 is too small"):
+            mixed_conv(alpha, cells, x[:, :, :2], partition, geometry, "fused")
+
+    def test_second_order_is_refused(self):
+        partition, geometry, (alpha, cells, x) = case("pointwise")
+        y = mixed_conv(alpha, cells, x, partition, geometry, "fused")
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+    @pytest.mark.parametrize("kind", ["conv2d-nonlocal", "conv1d-circular", "linear-tokens"])
+    def test_layers(self, kind):
+        layer, warehouses, x = make(kind)
+        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE).requires_grad_()
+        layer.implementation = "fused"
+        leaves = {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())}
+        assert_parity(lambda: layer(x), lambda: naive_forward(layer, x, 0.0), leaves, tolerance=1e-10)
+        with torch.inference_mode():
+            y = layer(x)
+        torch.testing.assert_close(y, layer(x))
+
+    def test_compiled_in_one_graph(self):
+        layer, warehouses, x = make("conv2d-layer-norm")
+        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE)
+        layer.implementation = "fused"
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        leaves = {"x": x.requires_grad_(), "cells": warehouses.w, **dict(layer.named_parameters())}
+        assert_parity(lambda: compiled(x), lambda: layer(x), leaves)
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_what_the_compiler_is_told_is_true(self, channels_last):
+        """Shapes, strides and types of the operators' results, and that they change none of their arguments."""
+        partition, _, (alpha, cells, x) = case("stride")
+        x = x.detach().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        alpha, cells = alpha.detach().view(2, 9, 2, 1, 5).transpose(1, 2).flatten(2, 3), cells.detach()
+        window = [3, 3, 2, 2, 0, 0, 1, 1]
+        grad = torch.randn(2, partition.kernel[0], 3, 2, dtype=x.dtype, device=DEVICE)
+        for operator in (fused._convolve, fused._gradient_of_x, fused._gradients_of_kernels):
+            arguments = (alpha, cells, x, window) if operator is fused._convolve else (grad, alpha, cells, x, window)
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
+def test_streams_on_a_cpu_and_says_so_once():
+    partition, geometry, (alpha, cells, x) = case("padding")
+    fused._warn_once.cache_clear()
+    with pytest.warns(
+        UserWarning, match="'fused' gives way to 'streamed': its kernels run on CUDA devices, not on 'cpu'"
+    ):
+        y = mixed_conv(alpha, cells, x, partition, geometry, "fused")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(y, mixed_conv(alpha, cells, x, partition, geometry, "fused"))
+    assert torch.equal(y, mixed_conv(alpha, cells, x, partition, geometry, "streamed"))
+    torch._dynamo.reset()
+    compiled = torch.compile(mixed_conv, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(alpha, cells, x, partition, geometry, "fused"), y)
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, f"{kernel_warehouse.__name__}.fused_kernels", raising=False)
+    monkeypatch.delattr(kernel_warehouse, "fused_kernels", raising=False)
+    assert fused._obstacle.__wrapped__("cuda") == "Triton is not installed"
+
+
+@pytest.mark.parametrize(("kernel", "size"), [((64, 64, 3, 3), (56, 56)), ((512, 512, 3, 3), (7, 7))])
+def test_taken_only_by_name(kernel, size):
+    """A tensor without data stands for one on a GPU: every device but the CPU takes the GPU's factors."""
+    partition, geometry = Partition(kernel, (*kernel[:2], 1, 1)), Geometry.of(kernel[2:], padding=1)
+    assert cheapest(partition, geometry, 56, torch.empty(64, kernel[1], *size, device="meta")) in ("streamed", "inputs")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("architecture", "type_name", "tile"), [(80, "bf16", 0), (90, "fp16", 2), (90, "fp32", -1)])
+@pytest.mark.parametrize("name", ["convolve", "convolve_transposed", "correlate"])
+def test_compiles_for_gpus_that_are_not_here(name, architecture, type_name, tile, monkeypatch, tmp_path):
+    """Down to machine code, with products on the tensor cores and loads that run ahead."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernelwarehouse.models.ops.kernel_warehouse import fused_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tuner = getattr(fused_kernels, name)
+    constants = dict(zip(fused._Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
+    constants |= {"precision": "tf32", **tuner.configs[tile].kwargs}
+    pointers = {"x", "w", "y", "grad", "grad_x", "grad_w"}
+    names = tuner.fn.arg_names
+    signature = {n: f"*{type_name}" if n in pointers else "constexpr" if n in constants else "i32" for n in names}
+    options = {"num_warps": tuner.configs[tile].num_warps, "num_stages": tuner.configs[tile].num_stages}
+    source = ASTSource(tuner.fn, signature, {(names.index(n),): value for n, value in constants.items()})
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    assert compiled.asm["cubin"]
+    assert "mma" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 160 << 10  # of the 163 KB that an A100 has for a block
