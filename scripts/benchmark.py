@@ -2,140 +2,311 @@
 
     python scripts/benchmark.py --model configs/resnet18/kw1x_resnet18.json --batch 1 8 --mode infer train
 
-"upstream" mixes kernels, puts them in order, and runs one grouped convolution (a batched product where the kernel is
-1×1). The static network is taken in the faster of its two memory layouts. Outputs and gradients of ours and upstream's
-are compared first, in float64; nothing is printed if they differ.
+"upstream" mixes all kernels from cells that lie one after the other, puts them in order, and runs one grouped
+convolution. The static network and ours are taken in the faster of their two memory layouts. Inference is the forward
+pass, training forward and backward. Outputs and gradients are compared first, in float64; nothing is printed if they
+differ. "floor" is the least time that the multiply-adds and the bytes of the parameters take on this machine
+(`timing/floor.py` has the formula), and "floor to static" what the ratio would be if both networks ran at theirs.
+
+    python scripts/benchmark.py --model FILE --sweep budget --plot budget.png    how cost grows
+    python scripts/benchmark.py --model FILE --layers                            what each layer costs, and takes
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from timing import chart, layers
+from timing.clock import PRECISIONS, arithmetic, measure, step
+from timing.floor import Floor, Machine
+from timing.memory import check_measurable, peak_bytes
+from timing.networks import FOLDED, Contender, Pair
+from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from torch import Tensor, nn
 
-from kernelwarehouse import build_model, set_implementation
-from kernelwarehouse.schema import load_config
+from kernelwarehouse import ConfigError, KWConfig, set_implementation
+from kernelwarehouse.engine import check_picture
+from kernelwarehouse.engine.outputs import check_file
+from kernelwarehouse.models import fold_
+from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS
 
 TOLERANCE = 1e-9
+SWEEPS = {
+    "budget": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "batch": (1, 2, 4, 8, 16, 32, 64, 128),
+    "resolution": (32, 64, 128, 224, 320, 448),
+}
 
 
-def check_parity(net: nn.Module, x: Tensor) -> float:
-    """Return the largest relative difference of outputs and gradients between the two, in float64.
+@dataclass(frozen=True)
+class Case:
+    """A pair of networks, and the floors of both."""
+
+    pair: Pair
+    floor: Floor
+    static_floor: Floor
+
+
+def check_parity(net: nn.Module, x: Tensor, implementations: Sequence[str] = ("auto",)) -> float:
+    """Return the largest relative difference of outputs and gradients from upstream's formulation, in float64.
 
     Raises:
-        SystemExit: It is above `TOLERANCE`.
+        SystemExit: It is above `TOLERANCE`, and not explained by how much the network answers to a rounding error.
     """
-    results = []
-    net = net.double().train()
-    for implementation in ("grouped", "auto"):
+    net, x = net.double().train(), x.double()
+
+    def results(implementation: str, x: Tensor) -> list[Tensor | None]:
         torch.manual_seed(0)  # drop path draws the same
         set_implementation(net, implementation)
-        y = net(x.double())
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(net.parameters()), allow_unused=True)])
-    pairs = [(a, b) for a, b in zip(*results, strict=True) if a is not None]
-    floor = 1e-6 * max(a.norm().item() for a, _ in pairs)  # below it a gradient is rounding errors only
-    worst = max(((a - b).norm() / a.norm().clamp_min(floor)).item() for a, b in pairs)
-    if worst > TOLERANCE:
-        raise SystemExit(f"error: the two orders differ by {worst:.1e}; no figure is printed")
+        y = net(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()), allow_unused=True)]
+
+    truth = results("grouped", x)
+    floor = 1e-6 * max(a.norm().item() for a in truth if a is not None)  # below it a gradient is rounding errors only
+
+    def difference(found: Sequence[Tensor | None]) -> float:
+        pairs = [(a, b) for a, b in zip(truth, found, strict=True) if a is not None]
+        return torch.stack([(a - b).norm() / a.norm().clamp_min(floor) for a, b in pairs]).max().item()
+
+    # BatchNorm over few values makes much of little: in a MobileNetV2 at 64×64, 1e-8 of one rounding error.
+    answer = difference(results("grouped", x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x))))
+    worst = max(difference(results(name, x)) for name in implementations)
     net.float()
+    return _within_tolerance(worst, 20 * answer)
+
+
+def _within_tolerance(difference: float, explained: float = 0.0) -> float:
+    if not difference <= TOLERANCE + explained:
+        raise SystemExit(f"error: the two orders differ by {difference:.1e}; no figure is printed")
+    return difference
+
+
+def read_cases(arguments: argparse.Namespace) -> list[Case]:
+    """Read what is compared: one pair of networks, or one for each point of a sweep.
+
+    A budget with fewer cells than layers is said and left out of a sweep.
+
+    Raises:
+        ValueError: A configuration that cannot be built, or that takes no such images.
+    """
+    points = [{"side": arguments.size}]
+    if arguments.sweep == "budget":
+        points = [{"side": arguments.size, "budget": budget} for budget in arguments.values]
+    elif arguments.sweep == "resolution":
+        points = [{"side": int(side)} for side in arguments.values]
+    cases = []
+    for point in points:
+        pair = Pair.read(arguments.model, arguments.static, **point)
+        try:
+            cases.append(Case(pair, Floor(pair.converted, pair.static), Floor(pair.static, pair.static)))
+        except ValueError as e:
+            if arguments.sweep != "budget" or isinstance(e, ConfigError):
+                raise
+            print(f"budget {point['budget']:g}× is left out: {e}", file=sys.stderr)
+    if not cases:
+        raise ConfigError("--sweep budget: none of the budgets can be built")
+    return cases
+
+
+def check_case(case: Case, side: int, implementations: Sequence[str], device: torch.device) -> float:
+    """`check_parity` of the converted network with images of that side; of a folded one, of its outputs.
+
+    Raises:
+        SystemExit: A difference above `TOLERANCE`.
+    """
+    contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
+    net, x = contender.build(device), contender.images(2, device)
+    worst = check_parity(net, x, ("auto", *(name for name in implementations if name != FOLDED)))
+    if FOLDED in implementations:
+        net, x = net.double().eval(), x.double()
+        with torch.no_grad():
+            y = net(x)
+            difference = ((fold_(net, x)(x) - y).norm() / y.norm()).item()
+        worst = max(worst, _within_tolerance(difference))
     return worst
 
 
-def step(net: nn.Module, x: Tensor, train: bool) -> Callable[[], None]:
-    """Return a function that runs `net` on x once: inference, or forward and backward."""
+def time_case(
+    networks: dict[Contender, tuple[nn.Module, Tensor]], mode: str, precision: str, rounds: int
+) -> dict[Contender, list[float]]:
+    """Seconds of every round of networks on their images; of the layouts of a network, only the faster is kept.
 
-    def infer() -> None:
-        with torch.inference_mode():
-            net(x)
-
-    def forward_backward() -> None:
-        net.zero_grad()
-        y = net(x)
-        F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long, device=y.device)).backward()
-
-    net.train(train)
-    return forward_backward if train else infer
-
-
-def measure(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs every step once, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, run in steps.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    Raises:
+        SystemExit: A batch that does not fit in memory, or that a network cannot train on.
+    """
+    steps = {contender: step(*network, mode == "train", precision) for contender, network in networks.items()}
+    images = next(x for _, x in networks.values())
+    try:
+        with arithmetic(precision):
+            seconds = measure(steps, rounds, images.device)
+    except (ValueError, torch.OutOfMemoryError) as e:  # BatchNorm refuses a single value per channel
+        raise SystemExit(f"error: {mode} with batches of {len(images)}: {e}") from e
+    fastest: dict[str, Contender] = {}
+    for contender in sorted(seconds, key=lambda c: statistics.median(seconds[c])):
+        fastest.setdefault(contender.name, contender)
+    return {contender: seconds[contender] for contender in seconds if fastest[contender.name] is contender}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def time_networks(
+    cases: Sequence[Case], arguments: argparse.Namespace, machine: Machine, device: torch.device
+) -> Iterator[list[Result]]:
+    """Time everything that was asked for; the networks of one mode, precision and batch come together."""
+    for case in cases:
+        contenders = case.pair.contenders(arguments.implementation)
+        built = {contender: contender.build(device) for contender in contenders if contender.name != FOLDED}
+        config = case.pair.converted
+        budget = config.kw.get("cell_num_ratio", KWConfig().cell_num_ratio)
+        for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
+            train, networks, results = mode == "train", {}, []
+            for contender in contenders:
+                images = contender.images(batch, device)
+                if contender in built:
+                    networks[contender] = built[contender], images
+                elif not train:  # a folded network is made for a batch, and cannot be trained
+                    networks[contender] = contender.build_for(images, precision), images
+            for contender, seconds in time_case(networks, mode, precision, arguments.rounds).items():
+                floor = case.static_floor if contender.implementation is None else case.floor
+                least = floor.seconds(batch, train, precision, machine)
+                peak = peak_bytes(contender, train, precision, batch, device) if arguments.memory else None
+                labels = (mode, precision, batch, config.input_size, budget, contender.name, contender.layout)
+                results.append(Result(*labels, seconds, least, peak))
+            compare(results)
+            yield results
 
 
-def main() -> None:
-    """Print a table with one row for each mode and batch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="configuration of a converted network")
-    parser.add_argument("--static", help="configuration of its static twin; default: the same without the kw prefix")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
-    parser.add_argument("--size", type=int, help="side of the image; default: the configuration's")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the seconds of every round there")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    config = load_config(arguments.model).model
-    net = build_model(config).to(device)
-    static_source = arguments.static or {"model": config.model.split("_", 1)[1]}
-    overrides = {} if arguments.static else {"nb_classes": config.nb_classes, "in_chans": config.in_chans}
-    if not arguments.static and config.model_kwargs:
-        overrides["model_kwargs"] = config.model_kwargs
-    size = arguments.size or config.input_size
-    difference = check_parity(net, torch.randn(2, config.in_chans, max(size, 64), max(size, 64), device=device))
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.model} at {size}×{size}, {where}, torch {torch.__version__}; parity {difference:.0e}")
-    print(f"{'mode':6}{'batch':>6}{'static':>20}{'upstream':>20}{'ours':>20}{'upstream/static':>17}{'ours/static':>13}")
+def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Print the table of whole networks, draw it if asked to, and return what JSON keeps."""
+    cases = read_cases(arguments)
+    # Below 64×64 BatchNorm would see one or two values per channel, and gradients rounding errors only.
+    sides = [max(case.pair.converted.input_size, 64) for case in cases]
+    parity = max(
+        check_case(case, side, arguments.implementation, device) for case, side in zip(cases, sides, strict=True)
+    )
+    machine = Machine.measure(device, arguments.precision)
+    print(f"{_heading(arguments, device)}; parity {parity:.0e}\n{machine}\n")
+    columns = {**WIDTHS, **(MEMORY_WIDTHS if arguments.memory else {})}
+    print(table_head(columns))
     kept = []
-    for mode in arguments.mode:
-        for batch in arguments.batch:
-            x = torch.randn(batch, config.in_chans, size, size, device=device)
-            steps = {}
-            for layout in ("contiguous_format", "channels_last"):
-                static = build_model(static_source, **overrides).to(device, memory_format=getattr(torch, layout))
-                images = x.to(memory_format=getattr(torch, layout))
-                steps[f"static {layout}"] = step(static, images, mode == "train")
-            for name, implementation in (("upstream", "grouped"), ("ours", "auto")):
-                run = step(net, x, mode == "train")
-                steps[name] = lambda run=run, name=implementation: (set_implementation(net, name), run())[1]
-            try:
-                seconds = measure(steps, arguments.rounds, device)
-            except ValueError as e:  # BatchNorm refuses a single value per channel
-                raise SystemExit(f"error: {mode} with batches of {batch}: {e}") from e
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            layout = min((n for n in medians if n.startswith("static")), key=medians.__getitem__)
-            cells = [_time(seconds[n]) for n in (layout, "upstream", "ours")]
-            ratios = [medians[n] / medians[layout] for n in ("upstream", "ours")]
-            print(f"{mode:6}{batch:>6}" + "".join(f"{c:>20}" for c in cells) + f"{ratios[0]:>17.2f}{ratios[1]:>13.2f}")
-            kept.append({"mode": mode, "batch": batch, "size": size, "device": where, "seconds": seconds})
+    for results in time_networks(cases, arguments, machine, device):
+        kept += results
+        for result in results:
+            print(table_row(result.cells(), list(columns.values())), flush=True)
+    if arguments.plot:
+        figure = chart.draw(kept, arguments.varies, _heading(arguments, device))
+        figure.savefig(arguments.plot, dpi=120)
+    return {"parity": parity, "machine": dataclasses.asdict(machine), "results": [dataclasses.asdict(r) for r in kept]}
+
+
+def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Print a table of layers for each mode, precision and batch, and return what JSON keeps."""
+    (case,) = read_cases(arguments)
+    parity = check_case(case, 64, [*layers.names(device), FOLDED], device)
+    print(f"{_heading(arguments, device)}; parity {parity:.0e}")
+    contender = Contender("ours", case.pair.converted, "NHWC", "auto")
+    net, kept = contender.build(device), []
+    for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
+        net.train(mode == "train")
+        found = layers.distinct_layers(net, contender.images(batch, device), precision)
+        for layer in found:
+            layers.time_layer(layer, mode == "train", precision, arguments.rounds)
+        print(f"\n{mode}, {precision}, batches of {batch}: milliseconds\n\n{layers.table(found)}", flush=True)
+        rows = [layers.record(layer) for layer in found]
+        kept.append({"mode": mode, "precision": precision, "batch": batch, "layers": rows})
+    return {"parity": parity, "layers": kept}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: Options that exclude each other, or a file that cannot be written.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="CONFIG", help="configuration of a converted network")
+    add("--static", metavar="CONFIG", help="of its static twin; default: the same backbone unconverted")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    add("--batch", type=_positive(int), nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    add("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
+    add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
+    names = [*(name for name in IMPLEMENTATIONS if name != "grouped"), FOLDED]
+    add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
+    add("--size", type=_positive(int), metavar="N", help="side of the images; default: the configuration's")
+    add("--rounds", type=_positive(int), default=7, metavar="N", help="default: %(default)s")
+    add("--memory", action="store_true", help="measure the peak of memory too, each in a process of its own")
+    add("--sweep", choices=SWEEPS, help="show how cost grows with one of these")
+    add("--values", type=_positive(float), nargs="+", metavar="V", help="what --sweep goes through")
+    add("--layers", action="store_true", help="time each implementation in each distinct layer (NHWC) instead")
+    add("--plot", type=Path, metavar="FILE", help="draw the ratios to the static network")
+    add("--json", type=Path, metavar="FILE", help="write all figures there, with the seconds of every round")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: torch finds no GPU here; take cpu")
+    if arguments.device == "cpu" and "tf32" in arguments.precision:
+        raise ConfigError("--precision: tf32 is of GPUs; on a CPU take fp32, bf16 or fp16")
+    if arguments.device == "cpu" and "fused" in arguments.implementation:
+        raise ConfigError("--implementation: fused runs on a GPU only; on a CPU streamed takes its place")
+    if arguments.layers and (arguments.sweep or arguments.plot or arguments.memory or arguments.implementation):
+        raise ConfigError("--layers goes with none of --sweep, --plot, --memory and --implementation")
+    if arguments.values and not arguments.sweep:
+        raise ConfigError("--values means nothing without --sweep")
+    arguments.varies = {"resolution": "side", None: "batch"}.get(arguments.sweep, arguments.sweep)
+    if arguments.sweep:
+        arguments.values = arguments.values or SWEEPS[arguments.sweep]
+        if arguments.sweep != "budget" and any(value != int(value) for value in arguments.values):
+            raise ConfigError(f"--values: a {arguments.sweep} is a whole number")
+        if arguments.sweep == "batch":
+            arguments.batch = [int(value) for value in arguments.values]
+    if arguments.plot:
+        check_picture("--plot", arguments.plot)
     if arguments.json:
-        arguments.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        check_file("--json", arguments.json)
+    if arguments.memory:
+        check_measurable(torch.device(arguments.device))
+    return arguments
 
 
-def _time(seconds: list[float]) -> str:
-    """Median and half the range, in milliseconds."""
-    return f"{statistics.median(seconds) * 1e3:.1f} ± {(max(seconds) - min(seconds)) * 5e2:.1f} ms"
+def main() -> int:
+    """Run the command line; return 0, or 2 for a configuration or an option that cannot be used."""
+    try:
+        arguments = parse_arguments()
+        device = torch.device(arguments.device)
+        kept = (run_layers if arguments.layers else run_networks)(arguments, device)
+        if arguments.json:
+            about = {"model": arguments.model, "device": _where(device), "torch": torch.__version__}
+            arguments.json.write_text(json.dumps({**about, **kept}, indent=2) + "\n", encoding="utf-8")
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError(text)
+        return value
+
+    read.__name__ = f"positive {kind.__name__}"  # which argparse puts into its message
+    return read
+
+
+def _heading(arguments: argparse.Namespace, device: torch.device) -> str:
+    return f"{Path(arguments.model).stem}, {_where(device)}, torch {torch.__version__}"
+
+
+def _where(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

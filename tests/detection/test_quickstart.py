@@ -64,7 +64,8 @@ def test_it_trains_from_a_classifier_and_evaluates_on_held_out_scenes(name, scen
     learned = {k for k in classifier if not k.startswith("fc.") and "running" not in k and "num_batches" not in k}
     assert len(learned) > 40
     for key in learned:
-        assert torch.equal(trained[f"backbone.net.{key}"], classifier[key])
+        # The schedule ends at a rate that is not quite 0.
+        torch.testing.assert_close(trained[f"backbone.net.{key}"], classifier[key], rtol=0, atol=1e-5)
     test.main([*paths[:1], str(tmp_path / "run" / "epoch_1.pth"), *paths[1:]])
     lines = capsys.readouterr().out.splitlines()
     for kind in ("box", "mask"):

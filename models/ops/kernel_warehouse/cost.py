@@ -41,7 +41,7 @@ class Factors:
     column: float = 30
     kernel: float = 10
     far_kernel: float = 100
-    mixed_input: float = 40
+    mixed_input: float = 25
     cache: int = 16 << 20
     read: float = 30
 

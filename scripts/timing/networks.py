@@ -1,0 +1,115 @@
+"""The networks that are timed against each other, made from one configuration."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernelwarehouse import ConfigError, ModelConfig, build_model, set_implementation
+from kernelwarehouse.models import fold_
+from kernelwarehouse.schema import load_config
+
+from .clock import HALF
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+UPSTREAM, FOLDED = "upstream", "folded"
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One network in one memory layout.
+
+    Attributes:
+        name: What the table calls it: static, upstream, ours, folded, or an implementation that is forced.
+        config: Its configuration.
+        layout: Memory layout of weights and images, a name in `LAYOUTS`.
+        implementation: As `set_implementation`; None for the static network.
+    """
+
+    name: str
+    config: ModelConfig
+    layout: str = "NCHW"
+    implementation: str | None = None
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Build the network; contenders of one configuration have the same weights.
+
+        Raises:
+            ValueError: A configuration that cannot be built.
+        """
+        torch.manual_seed(0)
+        net = build_model(self.config).to(device, memory_format=LAYOUTS[self.layout])
+        if self.implementation:
+            set_implementation(net, self.implementation)
+        if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
+            for cells in net.warehouses.parameters():
+                cells.data = cells.data.contiguous()
+        return net
+
+    def build_for(self, images: Tensor, precision: str) -> nn.Module:
+        """Build the network to run on such images; "folded" is folded for them, in the type of the precision."""
+        net = self.build(images.device)
+        return fold_(net.eval(), images, dtype=HALF.get(precision)) if self.name == FOLDED else net
+
+    def images(self, batch: int, device: torch.device) -> Tensor:
+        """Random images (batch, in_chans, side, side) in the contender's layout."""
+        side = self.config.input_size
+        x = torch.randn(batch, self.config.in_chans, side, side, device=device)
+        return x.contiguous(memory_format=LAYOUTS[self.layout])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A converted network and its static twin, at one size of images."""
+
+    converted: ModelConfig
+    static: ModelConfig
+
+    @classmethod
+    def read(
+        cls, model: str | Path, static: str | Path | None = None, budget: float | None = None, side: int | None = None
+    ) -> "Pair":
+        """Read the configurations.
+
+        Args:
+            model: Configuration of the converted network.
+            static: Of its static twin; None takes the same backbone unconverted.
+            budget: `cell_num_ratio` in place of the configuration's.
+            side: Of the images, in place of the configuration's.
+
+        Raises:
+            ConfigError: No such configuration, or a static one where a converted one is meant, or the reverse.
+        """
+        size = {} if side is None else {"input_size": side}
+        ratio = {} if budget is None else {"cell_num_ratio": budget}
+        converted = dataclasses.replace(load_config(model, {**size, **ratio}).model, pretrained=False)
+        if not _is_converted(converted):
+            raise ConfigError(
+                f"{model}: {converted.model} is a static network; give the configuration of a converted one"
+            )
+        if static is None:
+            twin = dataclasses.replace(converted, model=converted.model.split("_", 1)[1], kw={})
+        else:
+            images = {"in_chans": converted.in_chans, "input_size": converted.input_size, "pretrained": False}
+            twin = load_config(static, images).model
+            if _is_converted(twin):
+                raise ConfigError(
+                    f"{static}: {twin.model} is a converted network; give the configuration of a static one"
+                )
+        return cls(converted, twin)
+
+    def contenders(self, implementations: Sequence[str] = ()) -> list[Contender]:
+        """The static network, upstream's formulation as upstream lays it out, ours, and what else is asked for."""
+        ours = {"ours": "auto", **{name: "auto" if name == FOLDED else name for name in implementations}}
+        return [
+            *(Contender("static", self.static, layout) for layout in LAYOUTS),
+            Contender(UPSTREAM, self.converted, "NCHW", "grouped"),
+            *(Contender(name, self.converted, layout, forced) for name, forced in ours.items() for layout in LAYOUTS),
+        ]
+
+
+def _is_converted(config: ModelConfig) -> bool:
+    return config.model.startswith("kw")
