@@ -2,13 +2,14 @@
 
 from .build import build_dataset, build_datasets
 from .digits import Digits
+from .finish import Erasable, Finish, viewable
 from .folders import ClassFolders
 from .labels import Relabelled
 from .loaders import EvalSampler, begin_epoch, build_eval_loader, build_train_loader
 from .photographs import UNLABELLED, DataError, Photographs
 from .sampling import Draw, SeededDataset, TrainSampler
 from .shards import Shards, write_shards
-from .transforms import eval_transform, train_transform, viewable
+from .transforms import eval_transform, train_transform
 
 __all__ = [
     "UNLABELLED",
@@ -16,7 +17,9 @@ __all__ = [
     "DataError",
     "Digits",
     "Draw",
+    "Erasable",
     "EvalSampler",
+    "Finish",
     "Photographs",
     "Relabelled",
     "SeededDataset",

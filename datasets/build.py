@@ -13,7 +13,7 @@ from .digits import Digits
 from .folders import ClassFolders
 from .photographs import Photographs
 from .shards import Shards
-from .transforms import eval_transform, train_transform
+from .transforms import eval_steps, train_steps
 
 TORCHVISION = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100, "FMNIST": FashionMNIST}
 
@@ -36,21 +36,21 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
 
 
 def build_dataset(config: Config, train: bool) -> Dataset:
-    """Return one part of the images of a run, transformed for training or for evaluation.
+    """Return one part of the images of a run, transformed for training or for evaluation as far as workers do it.
 
     Args:
         config: The run's `data_set`, `data_path` and augmentation, and the model's input and number of classes.
         train: The training part, else the held-out part.
 
     Returns:
-        A dataset of pairs (image tensor, class index) that names its `classes`.
+        A dataset of pairs (image, class index) that names its `classes`; `Finish` makes tensors of batches of images.
 
     Raises:
         ConfigError: No path where one is needed, no such folder or files, an empty class folder, or a number of
             classes other than the model's.
     """
     run = config.run
-    transform = train_transform(config) if train else eval_transform(config)
+    transform = train_steps(config) if train else eval_steps(config)
     if run.data_set == "DIGITS":
         dataset = Digits(train, transform)
     elif not run.data_path:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import auto_augment
 
@@ -26,20 +27,21 @@ def shift_rows(image: Image.Image, slope: float, shift: float, fill: tuple[int, 
     """
     width, height = image.size
     moved = slope * (np.arange(height) + 0.5) + shift
-    whole = np.floor(moved).astype(np.int64)
+    whole = np.floor(moved)
     # Four bytes for a pixel, so that one index moves all colours; one pixel more on the left, and two on the right.
-    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
-    columns = (whole[:, None] + np.arange(-1, width + 2)).clip(0, width - 1)
-    neighbours = np.take_along_axis(pixels, columns, axis=1).view(np.uint8).reshape(height, -1).astype(np.float32)
-    d = (moved - whole).astype(np.float32)[:, None]
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
+    columns = (whole.astype(np.int64)[:, None] + np.arange(-1, width + 2)).clip(0, width - 1)
+    columns += width * np.arange(height)[:, None]
+    neighbours = torch.from_numpy(pixels.take(columns).view(np.uint8)).float()
+    d = torch.from_numpy(moved - whole).float()[:, None]
     weights = (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)
     total = neighbours[:, : 4 * width] * weights[0]
-    term = np.empty_like(total)
     for k in (1, 2, 3):
-        total += np.multiply(neighbours[:, 4 * k : 4 * (k + width)], weights[k], out=term)
-    result = total.clip(0, 255, out=total).astype(np.uint8).view(np.uint32)  # cut off like Pillow's, not rounded
-    origin = moved[:, None] + np.arange(width) + 0.5
-    result[(origin < 0) | (origin >= width)] = np.frombuffer(bytes([*fill, 255]), np.uint32)
+        total.addcmul_(neighbours[:, 4 * k : 4 * (k + width)], weights[k])
+    result = total.clamp_(0, 255).numpy().astype(np.uint8).view(np.uint32)  # cut off like Pillow's, not rounded
+    first, end = (np.ceil(edge - 0.5 - moved).clip(0, width).astype(np.int32)[:, None] for edge in (0, width))
+    column = np.arange(width, dtype=np.int32)
+    np.putmask(result, (column < first) | (column >= end), np.frombuffer(bytes([*fill, 255]), np.uint32))
     return Image.frombytes("RGB", image.size, result.tobytes(), "raw", "RGBX")
 
 

@@ -2,14 +2,19 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kernelwarehouse.schema import ConfigError, RunConfig
 
 from .sampling import SeededDataset, TrainSampler
+
+# From the images of a batch, as they are collated, to what the network takes; None leaves them as they are.
+FinishBatch = Callable[[Any], Tensor] | None
 
 
 class EvalSampler(Sampler[int]):
@@ -33,8 +38,28 @@ class EvalSampler(Sampler[int]):
         return len(self.indices)
 
 
-def build_train_loader(dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return the loader of training batches of exactly `run.batch_size` images.
+class FinishingLoader(DataLoader):
+    """A loader of pairs (images, targets) that finishes the images of each batch in the process that asks for it.
+
+    Args:
+        dataset: Pairs (image, target).
+        finish: Applied to the images of a batch.
+        **kwargs: As for torch's.
+    """
+
+    def __init__(self, dataset: Dataset, finish: FinishBatch = None, **kwargs: Any):
+        super().__init__(dataset, **kwargs)
+        self.finish = finish
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for images, targets in super().__iter__():
+            yield (self.finish(images) if self.finish else images), targets
+
+
+def build_train_loader(
+    dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
+) -> DataLoader:
+    """Return the loader of training batches of exactly `run.batch_size` images, finished by `finish`.
 
     Call `begin_epoch` before each iteration over it. What is left after the last full batch is dropped.
 
@@ -47,7 +72,7 @@ def build_train_loader(dataset: Dataset, run: RunConfig, rank: int = 0, world_si
             f"field 'batch_size': {run.batch_size} images on each of {world_size} process(es) are more than the "
             f"{len(dataset)} training images"
         )
-    return _loader(SeededDataset(dataset), sampler, run, drop_last=True)
+    return _loader(SeededDataset(dataset), sampler, run, finish, drop_last=True)
 
 
 def begin_epoch(loader: DataLoader, epoch: int, batches_done: int = 0) -> None:
@@ -58,14 +83,19 @@ def begin_epoch(loader: DataLoader, epoch: int, batches_done: int = 0) -> None:
     loader.sampler.set_epoch(epoch, batches_done * loader.batch_size)
 
 
-def build_eval_loader(dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return the loader of this process's share of the evaluation images."""
-    return _loader(dataset, EvalSampler(len(dataset), rank, world_size), run, drop_last=False)
+def build_eval_loader(
+    dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
+) -> DataLoader:
+    """Return the loader of this process's share of the evaluation images, finished by `finish`."""
+    return _loader(dataset, EvalSampler(len(dataset), rank, world_size), run, finish, drop_last=False)
 
 
-def _loader(dataset: Dataset, sampler: Sampler[int], run: RunConfig, drop_last: bool) -> DataLoader:
-    return DataLoader(
+def _loader(
+    dataset: Dataset, sampler: Sampler[int], run: RunConfig, finish: FinishBatch, drop_last: bool
+) -> DataLoader:
+    return FinishingLoader(
         dataset,
+        finish,
         batch_size=run.batch_size,
         sampler=sampler,
         num_workers=run.num_workers,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kernelwarehouse.datasets import (
+    Finish,
     Relabelled,
     build_dataset,
     build_datasets,
@@ -135,8 +136,9 @@ def _prepare(config: Config, world: World) -> tuple[Training, DataLoader, DataLo
         config = keep_total_batch(config, found.state, world)
     run = config.run
     train_set, eval_set = (build_dataset(config, train=True), None) if run.disable_eval else build_datasets(config)
-    train_loader = build_train_loader(train_set, run, world.rank, world.size)
-    eval_loader = build_eval_loader(eval_set, run, world.rank, world.size) if eval_set else None
+    finish = Finish(config, world.device)
+    train_loader = build_train_loader(train_set, run, world.rank, world.size, finish)
+    eval_loader = build_eval_loader(eval_set, run, world.rank, world.size, finish) if eval_set else None
     random_seed(run.seed, world.rank)
     model = _build(config)
     if run.finetune:
@@ -208,7 +210,7 @@ def _eval_loader(config: Config, world: World) -> DataLoader:
     dataset = build_dataset(config, train=False)
     if config.run.eval_labels:
         dataset = Relabelled(dataset, config.run.eval_labels)
-    return build_eval_loader(dataset, config.run, world.rank, world.size)
+    return build_eval_loader(dataset, config.run, world.rank, world.size, Finish(config, world.device))
 
 
 def _build(config: Config) -> nn.Module:

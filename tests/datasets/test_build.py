@@ -26,7 +26,7 @@ def make_folders(root, train="cat dog", val="cat dog"):
 def test_class_folders(tmp_path, data_set):
     train, held_out = build_datasets(config(make_folders(tmp_path), data_set=data_set))
     image, target = train[1]
-    assert image.shape == (3, 32, 32)
+    assert image.pixels.shape == (3, 32, 32)
     assert (target, len(held_out)) == (1, 2)
 
 
@@ -97,5 +97,5 @@ def test_torchvision_files_are_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CIFAR10, "__init__", load)
     image, target = build_dataset(config(tmp_path, data_set="CIFAR10"), train=True)[1]
-    assert image.shape == (3, 32, 32)
+    assert image.pixels.shape == (3, 32, 32)
     assert target == 1

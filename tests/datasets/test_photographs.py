@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelwarehouse.datasets import UNLABELLED, DataError, build_dataset, build_train_loader
+from kernelwarehouse.datasets import UNLABELLED, DataError, Finish, build_dataset, build_train_loader
 from kernelwarehouse.datasets.photographs import decode
 from kernelwarehouse.schema import ConfigError, load_config
 
@@ -118,7 +118,7 @@ def test_memory_does_not_grow_over_epochs(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((500, 375), 50).convert("RGB").save(path)
     parts = config(tmp_path, num_workers=0, aa="rand-m9-mstd0.5-inc1", reprob=0.25)
-    loader = build_train_loader(build_dataset(parts, train=True), parts.run)
+    loader = build_train_loader(build_dataset(parts, train=True), parts.run, finish=Finish(parts))
 
     def megabytes_after(epochs):
         for _ in range(epochs):

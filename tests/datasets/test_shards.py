@@ -6,7 +6,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from kernelwarehouse.datasets import ClassFolders, Shards, build_dataset, build_train_loader, write_shards
+from kernelwarehouse.datasets import ClassFolders, Finish, Shards, build_dataset, build_train_loader, write_shards
 from kernelwarehouse.schema import ConfigError, load_config
 
 
@@ -53,7 +53,7 @@ def test_a_training_draws_the_same_from_shards_as_from_folders(folder):
     batches = []
     for path, data_set in ((folder / "wds", "WDS"), (folder / "images", "IMNET")):
         parts = config(path, data_set=data_set)
-        loader = build_train_loader(build_dataset(parts, train=True), parts.run)
+        loader = build_train_loader(build_dataset(parts, train=True), parts.run, finish=Finish(parts))
         batches.append(list(loader))
     for (ours, target), (theirs, expected) in zip(*batches, strict=True):
         assert torch.equal(ours, theirs)
