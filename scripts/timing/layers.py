@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, KWLinear
-from kernelwarehouse.models.ops.kernel_warehouse.cost import cheapest
-from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import supports
+from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose, supports
 
 from .clock import HALF, arithmetic, autocast, measure
 from .results import table_head, table_row
@@ -62,9 +61,7 @@ class Layer:
 
     def chosen(self) -> str:
         """The implementation that "auto" takes."""
-        partition, geometry = self.module.partition, self.module.geometry
-        name = cheapest(partition, geometry, len(self.module.cells), self.images)
-        return name if supports(name, partition, geometry) else "kernels"
+        return choose(self.module.partition, self.module.geometry, len(self.module.cells), self.images)
 
     def can_try(self, name: str) -> bool:
         """Whether an implementation, or "folded", exists for the layer, and writes no more than `MOST_BYTES`."""

@@ -67,14 +67,20 @@ def mixed_conv(
         dtype = torch.get_autocast_dtype(x.device.type)
         alpha, x = alpha.to(dtype), x.to(dtype)
     if implementation == "auto":
-        implementation = cheapest(partition, geometry, len(cells), x)
-    if not supports(implementation, partition, geometry):
+        implementation = choose(partition, geometry, len(cells), x)
+    elif not supports(implementation, partition, geometry):
         implementation = "kernels"
     run = IMPLEMENTATIONS[implementation]
     if implementation in ("kernels", "inputs") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Kernels and mixed inputs grow with the batch; they are cheaper to mix again than to keep.
         return checkpoint(run, alpha, cells, x, partition, geometry, use_reentrant=False, preserve_rng_state=False)
     return run(alpha, cells, x, partition, geometry)
+
+
+def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
+    """What "auto" takes for images x (B, Cin, *spatial): the cheapest implementation, or "kernels" if that cannot."""
+    name = cheapest(partition, geometry, num_cells, x)
+    return name if supports(name, partition, geometry) else "kernels"
 
 
 def supports(implementation: str, partition: Partition, geometry: Geometry) -> bool:
