@@ -21,8 +21,8 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
     Args:
         model: A converted network in evaluation mode at temperature 0.
         x: An input as it will be served; its batch and size decide which layers gain.
-        dtype: Type in which products are kept. Half precision halves what a small batch has to read; it rounds each
-            product to 3 (bfloat16: 2) significant digits.
+        dtype: Type in which products are kept. Half precision halves their memory and rounds each to 3 (bfloat16: 2)
+            significant digits; on a CPU it is slower, since each is widened again when it is read.
         max_bytes: Most memory that products may take; the layers that gain most per byte come first.
 
     Returns:
@@ -36,6 +36,8 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
         raise ValueError("the model has no converted layer to fold")
     if model.training:
         raise ValueError("only a trained model can be folded; call model.eval() first")
+    if any(layer.warehouses.temperature for layer in layers.values()):
+        raise ValueError("only a trained model can be folded: at temperature 0")
     width = (dtype or x.dtype).itemsize
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
     gains = {}

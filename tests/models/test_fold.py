@@ -105,6 +105,8 @@ class TestNetwork:
         set_temperature(net, 0.5)
         with pytest.raises(ValueError, match="at temperature 0"):
             fold_(net, x)
+        with pytest.raises(ValueError, match="at temperature 0"):
+            fold_(net, x, max_bytes=0)  # though no layer would be folded
         set_temperature(net, 0.0)
         fold_(net, x)
         with pytest.raises(ValueError, match="no temperature but 0"):
