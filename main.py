@@ -23,6 +23,7 @@ from kernelwarehouse.engine import (
     dry_run,
     evaluate_run,
     join,
+    keep_freed_memory,
     parse_arguments,
     train_run,
 )
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_arguments(arguments)
         with join(config.run) as world:
+            if world.device.type == "cpu":
+                keep_freed_memory()
             if config.run.eval:
                 evaluate_run(config, world)
             elif config.run.dry_run:

@@ -3,6 +3,7 @@
 from .cli import parse_arguments
 from .distributed import World, join
 from .evaluate import Metrics, evaluate
+from .memory import keep_freed_memory
 from .outputs import SaveError, check_picture
 from .run import dry_run, evaluate_run, parameter_count, train_run
 from .signals import EXIT_INTERRUPTED, Interrupted
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "join",
+    "keep_freed_memory",
     "parameter_count",
     "parse_arguments",
     "train_run",

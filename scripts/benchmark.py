@@ -33,7 +33,7 @@ from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, t
 from torch import Tensor, nn
 
 from kernelwarehouse import ConfigError, KWConfig, set_implementation
-from kernelwarehouse.engine import check_picture
+from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import fold_
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS
@@ -279,6 +279,8 @@ def main() -> int:
     try:
         arguments = parse_arguments()
         device = torch.device(arguments.device)
+        if device.type == "cpu":
+            keep_freed_memory()  # for all networks alike, as main.py does
         kept = (run_layers if arguments.layers else run_networks)(arguments, device)
         if arguments.json:
             about = {"model": arguments.model, "device": _where(device), "torch": torch.__version__}

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
-from .columns import columns, columns_adjoint, windows
+from .columns import columns, columns_adjoint, parts_of, windows
 from .geometry import Geometry, Padding, check_operands
-from .naive import naive_dynamic_conv
+from .naive import CONV, naive_dynamic_conv
 
 __all__ = [
+    "CONV",
     "IMPLEMENTATIONS",
     "Geometry",
     "columns",
     "columns_adjoint",
     "dynamic_conv",
     "dynamic_conv_from_geometry",
+    "parts_of",
     "windows",
 ]
 

@@ -116,6 +116,11 @@ class Attention(nn.Module):
         z = torch.cat([others[..., :start], local, others[..., start:], zero], dim=2)
         return z + self.basis_bias.to(z.dtype).reshape(self.mixtures, -1)
 
+    @staticmethod
+    def total(z: Tensor) -> Tensor:
+        """Σ|z| over n + 1 logits, in fp32 at least: (B, m, n + 1) → (B, m, 1)."""
+        return torch.linalg.vector_norm(z, 1, dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
+
     def forward(self, x: Tensor, temperature: Tensor) -> Tensor:
         """Compute the coefficients.
 
@@ -127,11 +132,8 @@ class Attention(nn.Module):
             α, (B, m, n).
         """
         z = self.logits(self.hidden(x))
-        # The sum has n + 1 terms and a small constant: at least fp32, whatever the type of z.
-        total = z.abs().sum(dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
-        alpha = (z[..., :-1] / (total + EPSILON)).to(z.dtype)
-        temperature = temperature.to(z.dtype)
-        return (1 - temperature) * alpha + temperature * self.assignment.to(z.dtype)
+        alpha = (z[..., :-1] / (self.total(z) + EPSILON)).to(z.dtype)
+        return torch.lerp(alpha, self.assignment.to(z.dtype), temperature.to(z.dtype))
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""

@@ -1,18 +1,19 @@
 """Which implementation costs least, by counts of what it computes and moves.
 
-Costs are in multiply-adds of a large matrix product. The factors are measured, on a CPU, over the layers of ResNet18,
-ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 64 (`scripts/benchmark.py --layers`).
+Costs are in multiply-adds of a large matrix product. The factors are measured, on a CPU that keeps freed memory (see
+`engine/memory.py`), over the layers of ResNet18, ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 32
+(`scripts/benchmark.py --layers`).
 
 On a GPU none of them is measured. They are reasoned: a convolution with a group for every sample is slow there (by 10
-or more, as upstream's users report), and an A100 or an H100 makes about 100 multiply-adds of a product in bf16 while it
-moves one byte, so that writing and reading one value costs 400, and putting it in order as much again. The fused
-convolution has not run on a GPU yet and is taken only by name.
+or more, as upstream's users report), a loop over samples is out of the question, and an A100 or an H100 makes about
+100 multiply-adds of a product in bf16 while it moves one byte, so that writing and reading one value costs 400, and
+putting it in order as much again. The fused convolution has not run on a GPU yet and is taken only by name.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..dynamic_conv import Geometry
@@ -25,45 +26,67 @@ class Factors:
 
     Attributes:
         grouped: A multiply-add of a convolution with a group for every sample.
+        direct: A multiply-add of a convolution of one sample.
+        call: Calling a convolution for one sample.
+        weight: Ordering one value of a kernel for the convolution of one sample.
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
         column: Copying one value into the columns of streaming.
         kernel: Ordering one value of a kernel for the grouped convolution, while the batch's kernels fit in the cache.
         far_kernel: The same when they do not.
+        activation: Writing or ordering one value of an input or an output.
         mixed_input: Writing and reading one value of a mixed input.
         cache: Bytes of kernels that fit in the cache.
         read: Reading one value from memory.
     """
 
     grouped: float
-    thin: float = 1.4
+    direct: float
+    call: float
+    weight: float = 100
+    thin: float = 1.2
     tile: float = 20
-    column: float = 30
-    kernel: float = 10
-    far_kernel: float = 100
-    mixed_input: float = 25
+    column: float = 60
+    kernel: float = 14
+    far_kernel: float = 60
+    activation: float = 40
+    mixed_input: float = 15
     cache: int = 16 << 20
     read: float = 30
 
 
 FACTORS = {
-    "cpu": Factors(grouped=1.0),
-    "cuda": Factors(grouped=10.0, tile=400, column=400, kernel=800, far_kernel=800, mixed_input=400),
+    "cpu": Factors(grouped=1.0, direct=0.9, call=8e6),
+    "cuda": Factors(
+        grouped=10.0,
+        direct=1.0,
+        call=math.inf,
+        tile=400,
+        column=400,
+        kernel=800,
+        far_kernel=800,
+        activation=400,
+        mixed_input=400,
+    ),
 }
 
 
-def cheapest(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
-    """The implementation with the least `costs`; where graphs are made for any size, "kernels"."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return "kernels"
+def cheapest(names: Sequence[str], partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
+    """The one of these implementations that has the least `costs` for images x (B, Cin, *spatial)."""
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
     positions = math.prod(geometry.output_size(x.shape[2:], partition.kernel[2:]))
-    estimates = costs(partition, num_cells, len(x), positions, x.element_size(), factors)
-    return min(estimates, key=estimates.__getitem__)
+    estimates = costs(partition, num_cells, len(x), positions, x.element_size(), factors, geometry.groups)
+    return min(names, key=estimates.__getitem__)
 
 
 def costs(
-    partition: Partition, num_cells: int, batch: int, positions: int, itemsize: int, factors: Factors
+    partition: Partition,
+    num_cells: int,
+    batch: int,
+    positions: int,
+    itemsize: int,
+    factors: Factors,
+    groups: int = 1,
 ) -> dict[str, float]:
     """Cost of one sample by each implementation.
 
@@ -74,24 +97,30 @@ def costs(
         positions: P, output positions of a sample.
         itemsize: Bytes of a value.
         factors: Of the device.
+        groups: Of the convolution.
 
     Returns:
         Multiply-adds of a large product, by name.
     """
     *_, blocks_out, _ = partition.grid
-    cout = partition.cell[0]
-    kernel = math.prod(partition.kernel)
-    taps = math.prod(partition.kernel[2:])
-    columns = math.prod(partition.kernel[1:]) * positions
-    mixed_inputs = blocks_out * num_cells * math.prod(partition.cell[1:]) * positions
+    kernel, taps = math.prod(partition.kernel), math.prod(partition.kernel[2:])
+    mixing = factors.thin * num_cells
+    outputs = partition.kernel[0] * positions
+    inputs = partition.kernel[1] * groups * positions
+    columns = inputs * taps if taps > 1 else 0
     fits = batch * kernel * itemsize <= factors.cache
-    per_value = factors.kernel if fits else factors.far_kernel
-    per_product = factors.thin if taps == 1 else factors.grouped
+    ordering = factors.kernel if fits else factors.far_kernel
+    whole = factors.thin if taps == 1 else factors.grouped
+    # Whole kernels are convolved with channels before positions, in which the input of a k×k kernel is put first.
+    ordered = outputs + (inputs if taps > 1 else 0)
+    mixed_inputs = blocks_out * num_cells * math.prod(partition.cell[1:]) * positions
     return {
-        "kernels": kernel * (factors.thin * num_cells + per_value + per_product * positions),
-        "streamed": kernel * (factors.thin * (num_cells + positions) + factors.tile)
-        + (factors.column * columns if taps > 1 else 0),
-        "inputs": mixed_inputs * (partition.mixtures // blocks_out + cout + factors.mixed_input),
+        "kernels": kernel * (mixing + ordering + whole * positions) + factors.activation * ordered,
+        "streamed": kernel * (mixing + factors.thin * positions + factors.tile) + factors.column * columns,
+        "direct": kernel * (mixing + factors.weight + factors.direct * positions)
+        + factors.activation * outputs
+        + factors.call,
+        "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
 
 

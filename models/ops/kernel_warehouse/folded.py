@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dynamic_conv import Geometry, columns, dynamic_conv_from_geometry
+from .applied import Workspace, multiply
 from .attention import EPSILON, Attention
+from .mixed_conv import computing_type
 from .mixing import mix_rows
 from .partition import Partition
-from .streamed import empty_output, multiply, tiles
+from .streamed import empty_output, tiles
 
 
 @torch.no_grad()
@@ -48,21 +50,23 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
         kernels = folded_kernels(attention, products, x, partition)
         return dynamic_conv_from_geometry(x, kernels, None, geometry)
     hidden, scales = _hidden_and_scales(attention, x, partition)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(computing_type(x))
     hidden, scales, x = hidden.to(x.dtype), scales.to(x.dtype), geometry.pad(x)
     geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)
     kernel_size = partition.kernel[2:]
     cells = products.transpose(1, 2)  # (blocks, r + 1, cout, K): for each block, r + 1 cells that are whole kernels
     y, flat = empty_output(x, partition.kernel[0], geometry.output_size(x.shape[2:], kernel_size))
-    for samples, rows in tiles(hidden[:, None, None], cells[0], flat.shape[2], True):
-        seen = columns(x[samples], kernel_size, geometry).unflatten(2, (*scales.shape[2:], -1))
+    flat = flat.unflatten(1, (len(products), -1))
+    space = Workspace(x)
+    for samples, rows in tiles(hidden[:, None, None], cells[0], flat.shape[3]):
+        seen = torch.cat(columns(x[samples], kernel_size, geometry), 2).unflatten(2, (*scales.shape[2:], -1))
         for block in range(len(products)):
             scaled = (seen * scales[samples, None, block, :, None]).flatten(2)
             for channels in rows:
-                kernels = mix_rows(hidden[samples], cells[block, :, channels]).transpose(0, 1)
-                first = block * partition.cell[0]
-                multiply(kernels, scaled, flat[samples, first + channels.start : first + channels.stop])
+                part = cells[block, :, channels]
+                out = space.take("kernels", part.shape[1], len(scaled), part.shape[2])
+                kernels = mix_rows(hidden[samples], part, out).transpose(0, 1)
+                multiply([scaled], kernels, flat[samples, block, channels], space)
     return y
 
 
@@ -78,7 +82,7 @@ def folded_kernels(attention: Attention, products: Tensor, x: Tensor, partition:
 def _hidden_and_scales(attention: Attention, x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     """[h; 1] as (B, r + 1), and s as (B, blocks of output channels, taps · input blocks)."""
     hidden = attention.hidden(x)
-    total = attention.logits(hidden).abs().sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    total = attention.total(attention.logits(hidden)).squeeze(2)
     *_, blocks_out, blocks_in = partition.grid
     scales = (1 / (total + EPSILON)).reshape(x.shape[0], -1, blocks_out, blocks_in).transpose(1, 2).flatten(2)
     return F.pad(hidden, (0, 1), value=1.0), scales

@@ -13,7 +13,7 @@ from .inputs import inputs_conv
 from .mixing import mix
 from .naive import naive_mix
 from .partition import Partition
-from .streamed import streamed_conv
+from .streamed import direct_conv, streamed_conv
 
 
 def naive_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
@@ -36,6 +36,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Partition, Geometry
     "grouped": grouped_conv,
     "kernels": kernels_conv,
     "streamed": streamed_conv,
+    "direct": direct_conv,
     "fused": fused_conv,
     "inputs": inputs_conv,
 }
@@ -63,9 +64,8 @@ def mixed_conv(
     Returns:
         (B, Cout, *output spatial).
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        alpha, x = alpha.to(dtype), x.to(dtype)
+    dtype = computing_type(x)
+    alpha, x = alpha.to(dtype), x.to(dtype)
     if implementation == "auto":
         implementation = choose(partition, geometry, len(cells), x)
     elif not supports(implementation, partition, geometry):
@@ -77,21 +77,36 @@ def mixed_conv(
     return run(alpha, cells, x, partition, geometry)
 
 
+def computing_type(x: Tensor) -> torch.dtype:
+    """The type that products of x are computed in: its own, or autocast's."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
-    """What "auto" takes for images x (B, Cin, *spatial): the cheapest implementation, or "kernels" if that cannot."""
-    name = cheapest(partition, geometry, num_cells, x)
-    return name if supports(name, partition, geometry) else "kernels"
+    """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
+    names = ["kernels", "streamed", "inputs"]
+    if not torch.compiler.is_compiling():  # a graph should not hold a loop over samples
+        names.append("direct")
+    names = [name for name in names if supports(name, partition, geometry)]
+    if len(names) == 1:
+        return names[0]  # without a look at the batch, which has no number in a graph for export
+    return cheapest(names, partition, geometry, num_cells, x)
 
 
 def supports(implementation: str, partition: Partition, geometry: Geometry) -> bool:
     """Whether an implementation can compute a convolution.
 
-    In a grouped convolution the output channels of one cell may read different inputs, and a graph for export must not
-    depend on the size that it happens to be made with: both need whole kernels. Streaming, fused or not, needs cells
-    that span one position of the kernel.
+    A graph for export must not depend on the size that it happens to be made with, and takes whole kernels. So does a
+    grouped convolution, since the output channels of one cell may read different inputs, unless each sample is
+    convolved by itself. Tiles, fused or not, need cells that span one position of the kernel.
     """
-    if implementation not in ("streamed", "fused", "inputs"):
+    if implementation not in ("streamed", "direct", "fused", "inputs"):
         return True
-    if geometry.groups > 1 or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if geometry.groups > 1 and implementation != "direct":
         return False
     return implementation == "inputs" or all(size == 1 for size in partition.cell[2:])

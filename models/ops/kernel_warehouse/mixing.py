@@ -25,20 +25,21 @@ def mix(attention: Tensor, cells: Tensor, partition: Partition) -> Tensor:
     return _assemble(mixtures.movedim(0, 1 + len(partition.grid)), partition)
 
 
-def mix_rows(attention: Tensor, cells: Tensor) -> Tensor:
+def mix_rows(attention: Tensor, cells: Tensor, out: Tensor | None = None) -> Tensor:
     """Mix each output channel's row of the cells by itself: small products whose operands stay in the cache.
 
     Args:
         attention: α, (M, n).
         cells: (n, cout, cin, *c), best with the layout of `Warehouses`.
+        out: Where to write the result, if given.
 
     Returns:
         (cout, M, cin · *c).
     """
     rows = cells.transpose(0, 1).flatten(2).to(attention.dtype)
     if rows.shape[2] == 1:
-        return torch.matmul(rows.squeeze(2), attention.t()).unsqueeze(2)
-    return torch.bmm(attention.expand(len(rows), -1, -1), rows)
+        return torch.mm(rows.squeeze(2), attention.t(), out=None if out is None else out.squeeze(2)).unsqueeze(2)
+    return torch.bmm(attention.expand(len(rows), -1, -1), rows, out=out)
 
 
 def cut(kernel: Tensor, partition: Partition) -> Tensor:

@@ -1,8 +1,9 @@
-"""Mixing and convolving in one pass: kernels exist a few output channels at a time, while they are in the cache.
+"""Mixing and convolving in one pass: kernels exist a few at a time, while they are in the cache.
 
-For one tile of output channels and samples, the rows of the kernels are mixed and at once multiplied with the columns
-of the input. A row comes out of mixing in the order (tap, input channel) of those columns, so that nothing is put in
-order. The backward pass mixes each tile again: nothing that grows with samples × kernel is ever written or kept.
+For one tile of output channels and samples, the rows of the kernels are mixed and at once applied (`applied.py`). A row
+comes out of mixing in the order (tap, input channel), as a matrix product or a channels-last convolution reads it, so
+that nothing is put in order. The backward pass mixes each tile again: nothing that grows with samples × kernel is ever
+written or kept.
 """
 
 import math
@@ -12,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import Geometry, columns, columns_adjoint
+from ..dynamic_conv import Geometry
+from .applied import Columns, Direct, Workspace
 from .mixing import mix_rows
 from .partition import Partition
 
 # Bytes of a tile's kernels. On a CPU they should share the last-level cache with the cells' rows and the columns.
-_TILE_BYTES = {"cpu": 10 << 20, "cuda": 64 << 20}
-_TILE_CHANNELS = 64  # fewer make the product with the columns a thin one
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+_TILE_CHANNELS = 32  # fewer make the product with the columns a thin one
 
 
 def streamed_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
-    """y[b] = conv(x[b], W[b]) with W[b] mixed on the way; the gradient is of first order only.
+    """y[b] = conv(x[b], W[b]) with W[b] mixed on the way, by products; the gradient is of first order only.
 
     Args:
         alpha: (B, m, n).
@@ -34,89 +36,105 @@ def streamed_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition,
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
+    return _stream(alpha, cells, x, partition, geometry, Columns)
+
+
+def direct_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """The same by torch's convolution for each sample, which may be grouped."""
+    return _stream(alpha, cells, x, partition, geometry, Direct)
+
+
+def _stream(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry, way: type) -> Tensor:
     x, padding = geometry.split_padding(x)
     geometry = Geometry(geometry.stride, tuple((p, p) for p in padding), geometry.dilation, geometry.groups)
     *taps, blocks_out, blocks_in = partition.grid
     alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
-    return _StreamedConv.apply(alpha, cells, x, tuple(taps), geometry)
+    return _StreamedConv.apply(alpha, cells, x, tuple(taps), geometry, way)
 
 
 class _StreamedConv(torch.autograd.Function):
-    """`streamed_conv` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
+    """`_stream` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
 
     @staticmethod
-    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry):
+    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry, way):
         ctx.save_for_backward(alpha, cells, x)
-        ctx.arguments = kernel_size, geometry
-        blocks = alpha.shape[1]
-        y, flat = empty_output(x, blocks * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
-        for samples, rows in tiles(alpha, cells, flat.shape[2], math.prod(kernel_size) > 1):
-            seen = columns(x[samples], kernel_size, geometry)
+        ctx.arguments = kernel_size, geometry, way
+        y, flat = empty_output(x, alpha.shape[1] * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
+        flat = flat.unflatten(1, (alpha.shape[1], -1))
+        space = Workspace(x)
+        for samples, rows in _tiles(alpha, cells, flat.shape[3], *ctx.arguments):
+            applied = way(x[samples], kernel_size, geometry, space)
             for channels in rows:
-                kernels = _kernels(alpha[samples], cells[:, channels])
-                for block, out in _blocks(channels, cells.shape[1], blocks):
-                    multiply(kernels[:, block], seen, flat[samples, out])
+                applied.apply(_kernels(alpha[samples], cells[:, channels], space), flat[samples, :, channels])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         alpha, cells, x = ctx.saved_tensors
-        kernel_size, geometry = ctx.arguments
+        kernel_size, geometry, way = ctx.arguments
         needs_alpha, needs_cells, needs_x = ctx.needs_input_grad[:3]
-        grad = grad.flatten(2)
+        grad = grad.flatten(2).unflatten(1, (alpha.shape[1], -1))
         grad_alpha = torch.zeros_like(alpha, dtype=torch.promote_types(alpha.dtype, torch.float32))
-        grad_cells = torch.zeros_like(cells) if needs_cells else None
-        grad_x = torch.empty_like(x) if needs_x else None
-        for samples, rows in tiles(alpha, cells, grad.shape[2], math.prod(kernel_size) > 1):
-            seen = columns(x[samples], kernel_size, geometry)
-            grad_seen = torch.zeros_like(seen, memory_format=torch.contiguous_format) if needs_x else None
+        grad_store = cells.new_empty(cells.shape[1], len(cells), cells[0, 0].numel()) if needs_cells else None
+        grad_x = []
+        space = Workspace(x)
+        for samples, rows in _tiles(alpha, cells, grad.shape[3], *ctx.arguments):
+            applied = way(x[samples], kernel_size, geometry, space)
             coefficients = alpha[samples].flatten(0, 2)
             for channels in rows:
                 part = cells[:, channels]
+                kernels = grad_kernels = None
                 if needs_x:
-                    kernels = _kernels(alpha[samples], part)
-                grad_kernels = grad.new_empty(part.shape[1], len(seen), alpha.shape[1], seen.shape[2])
-                for block, out in _blocks(channels, cells.shape[1], alpha.shape[1]):
-                    received = grad[samples, out]
-                    if needs_x:
-                        grad_seen.baddbmm_(received.mT, kernels[:, block])
-                    if needs_alpha or needs_cells:
-                        grad_kernels[:, :, block] = torch.bmm(received, seen).transpose(0, 1)
-                grad_rows = grad_kernels.view(part.shape[1], len(coefficients), -1)
+                    kernels = _kernels(alpha[samples], part, space)
+                if needs_alpha or needs_cells:
+                    width = alpha.shape[2] * part[0, 0].numel()
+                    grad_kernels = space.take("gradients", part.shape[1], *alpha[samples].shape[:2], width)
+                    grad_rows = grad_kernels.view(part.shape[1], len(coefficients), -1)
+                    grad_kernels = grad_kernels.permute(1, 2, 0, 3)
+                applied.backward(grad[samples, :, channels], kernels, grad_kernels)
                 if needs_alpha:
                     products = torch.bmm(grad_rows, part.transpose(0, 1).flatten(2).to(grad.dtype).mT)
                     grad_alpha[samples] += products.sum(0, dtype=grad_alpha.dtype).view_as(alpha[samples])
                 if needs_cells:
-                    product = torch.bmm(coefficients.mT.expand(part.shape[1], -1, -1), grad_rows)
-                    grad_cells[:, channels] += product.transpose(0, 1).view_as(part)
+                    mixed_back = coefficients.mT.expand(part.shape[1], -1, -1)
+                    _add_product(grad_store[channels], mixed_back, grad_rows, first=samples.start == 0)
             if needs_x:
-                grad_x[samples] = columns_adjoint(grad_seen, x.shape[2:], kernel_size, geometry)
-        return grad_alpha.to(alpha.dtype) if needs_alpha else None, grad_cells, grad_x, None, None
+                grad_x.append(applied.grad_x())
+        grad_cells = grad_store.transpose(0, 1).unflatten(2, cells.shape[2:]) if needs_cells else None
+        grad_x = None if not grad_x else grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
+        return grad_alpha.to(alpha.dtype) if needs_alpha else None, grad_cells, grad_x, None, None, None
 
 
-def _kernels(alpha: Tensor, cells: Tensor) -> Tensor:
-    """(B, blocks, parts, n), (n, rows, cin, *ones) → (B, blocks, rows, parts · cin), a view of the rows as mixed."""
-    mixed = mix_rows(alpha.flatten(0, 2), cells)
-    return mixed.view(cells.shape[1], *alpha.shape[:2], -1).permute(1, 2, 0, 3)
-
-
-def multiply(kernels: Tensor, seen: Tensor, out: Tensor) -> None:
-    """Write into out (B, rows, P) the products of kernels (B, rows, K) and columns (B, P, K), in out's own layout."""
-    if out.stride(1) == 1:
-        out.copy_(torch.bmm(seen, kernels.mT).mT)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total ← left @ right the first time, total += left @ right after it, in the type of total."""
+    if total.dtype != left.dtype:
+        product = torch.bmm(left, right)
+        total.copy_(product) if first else total.add_(product)
     else:
-        out.copy_(torch.bmm(kernels, seen.mT))
+        total.baddbmm_(left, right, beta=0 if first else 1)
 
 
-def tiles(alpha: Tensor, cells: Tensor, positions: int, copies: bool) -> Iterator[tuple[slice, list[slice]]]:
+def _kernels(alpha: Tensor, cells: Tensor, space: Workspace) -> Tensor:
+    """(B, blocks, parts, n), (n, rows, cin, *ones) → (B, blocks, rows, parts · cin), a view of the rows as mixed."""
+    coefficients = alpha.flatten(0, 2)
+    out = space.take("kernels", cells.shape[1], len(coefficients), cells[0, 0].numel())
+    return mix_rows(coefficients, cells, out).view(cells.shape[1], *alpha.shape[:2], -1).permute(1, 2, 0, 3)
+
+
+def _tiles(alpha: Tensor, cells: Tensor, positions: int, kernel_size: tuple[int, ...], geometry: Geometry, way: type):
+    copied = positions if way is Columns and math.prod(kernel_size) > 1 else 0
+    return tiles(alpha, cells, copied, whole=geometry.groups > 1)
+
+
+def tiles(alpha: Tensor, cells: Tensor, copied: int, whole: bool = False) -> Iterator[tuple[slice, list[slice]]]:
     """Cut the work so that the kernels of a tile fit in the cache.
 
     Args:
         alpha: (B, blocks of output channels, parts, n).
         cells: (n, cout, cin, *ones).
-        positions: Output positions of a sample.
-        copies: Whether columns are a copy of the input, and not a view.
+        copied: Output positions of a sample for which what they read is copied.
+        whole: Whether a tile must have all output channels of its samples.
 
     Yields:
         A slice of samples, and with it the slices of a cell's output channels.
@@ -128,24 +146,17 @@ def tiles(alpha: Tensor, cells: Tensor, positions: int, copies: bool) -> Iterato
     column = alpha.shape[2] * cells[0, 0].numel() * alpha.element_size()
     row = alpha.shape[1] * column
     budget = _TILE_BYTES.get(alpha.device.type, _TILE_BYTES["cuda"])
-    samples = budget // (row * min(channels, _TILE_CHANNELS))
-    if copies:  # they may take a few times the bytes of the kernels
-        samples = min(samples, 4 * budget // (column * positions))
-    samples = _even(batch, samples)
-    rows = _even(channels, max(budget // (row * samples), _TILE_CHANNELS))
+    least = channels if whole else min(channels, _TILE_CHANNELS)
+    samples = _even(batch, min(budget // (row * least), 2 * budget // max(column * copied, 1)))
+    rows = channels if whole else _even(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
     for first in range(0, batch, samples):
         yield slice(first, first + samples), [slice(c, min(c + rows, channels)) for c in range(0, channels, rows)]
 
 
-def _even(total: int, most: int) -> int:
-    """Size of parts of at most `most`, as equal as can be, that make up `total`."""
-    return math.ceil(total / math.ceil(total / max(most, 1)))
-
-
-def _blocks(channels: slice, cout: int, blocks: int) -> Iterator[tuple[int, slice]]:
-    """Each block of output channels, and where in y the given channels of its cells lie."""
-    for block in range(blocks):
-        yield block, slice(block * cout + channels.start, block * cout + channels.stop)
+def _even(total: int, most: int, multiple: int = 1) -> int:
+    """Size of parts of about `most`, as equal as can be, that make up `total`."""
+    part = math.ceil(total / math.ceil(total / max(most, 1)))
+    return min(math.ceil(part / multiple) * multiple, total)
 
 
 def empty_output(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:

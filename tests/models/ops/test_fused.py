@@ -16,7 +16,7 @@ import torch
 from kernelwarehouse.models.ops import kernel_warehouse
 from kernelwarehouse.models.ops.dynamic_conv import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_conv
-from kernelwarehouse.models.ops.kernel_warehouse.cost import cheapest
+from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .layers import make, naive_forward
 from .parity import assert_parity
@@ -220,7 +220,7 @@ def test_a_missing_triton_is_named(monkeypatch):
 def test_taken_only_by_name(kernel, size):
     """A tensor without data stands for one on a GPU: every device but the CPU takes the GPU's factors."""
     partition, geometry = Partition(kernel, (*kernel[:2], 1, 1)), Geometry.of(kernel[2:], padding=1)
-    assert cheapest(partition, geometry, 56, torch.empty(64, kernel[1], *size, device="meta")) in ("streamed", "inputs")
+    assert choose(partition, geometry, 56, torch.empty(64, kernel[1], *size, device="meta")) in ("streamed", "inputs")
 
 
 @needs_triton

@@ -20,6 +20,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     streamed,
 )
 from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
+from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .layers import LAYERS, make, naive_forward
 from .parity import assert_parity
@@ -69,14 +70,15 @@ class TestStreaming:
 
     @pytest.mark.parametrize("tile", [1, 4096, 1 << 20])
     @pytest.mark.parametrize("arguments", GEOMETRIES, ids=str)
-    def test_any_tile_gives_the_same(self, monkeypatch, arguments, tile):
+    @pytest.mark.parametrize("implementation", ["streamed", "direct"])
+    def test_any_tile_gives_the_same(self, monkeypatch, implementation, arguments, tile):
         monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
-        monkeypatch.setattr(streamed, "_TILE_CHANNELS", 4)
+        monkeypatch.setattr(streamed, "_TILE_CHANNELS", 3)
         partition, geometry, (alpha, cells, x) = self.case(*arguments)
-        taken = list(streamed.tiles(alpha.new_empty(5, 2, 18, 11), cells, 35, True))
+        taken = list(streamed.tiles(alpha.new_empty(5, 2, 18, 11), cells, copied=35))
         assert (len(taken), len(taken[0][1])) == {1: (5, 2), 4096: (5, 2), 1 << 20: (1, 1)}[tile]
         assert_parity(
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "streamed"),
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, implementation),
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
             {"alpha": alpha, "cells": cells, "x": x},
         )
@@ -85,15 +87,19 @@ class TestStreaming:
     def test_columns_and_their_adjoint(self, arguments):
         """⟨columns(x), c⟩ = ⟨x, adjoint(c)⟩."""
         _, geometry, (_, _, x) = self.case(*arguments)
-        rows = columns(x, (3, 3), geometry)
-        c = torch.randn_like(rows)
-        torch.testing.assert_close((rows * c).sum(), (x * columns_adjoint(c, (7, 5), (3, 3), geometry)).sum())
+        parts = columns(x, (3, 3), geometry, 4)
+        assert [part.shape[2] for part in parts] == [18, 18, 18]  # three taps of six channels each
+        torch.testing.assert_close(torch.cat(parts, 2), columns(x, (3, 3), geometry)[0])
+        c = [torch.randn_like(part) for part in parts]
+        received = sum((part * grad).sum() for part, grad in zip(parts, c, strict=True))
+        torch.testing.assert_close(received, (x * columns_adjoint(c, (7, 5), (3, 3), geometry)).sum())
 
+    @pytest.mark.parametrize("implementation", ["streamed", "direct"])
     @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
-    def test_gradients_that_nobody_wants_are_not_computed(self, wanted):
+    def test_gradients_that_nobody_wants_are_not_computed(self, implementation, wanted):
         partition, geometry, tensors = self.case(1, 1, 1)
         tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        mixed_conv(*tensors, partition, geometry, "streamed").square().sum().backward()
+        mixed_conv(*tensors, partition, geometry, implementation).square().sum().backward()
         assert tuple(t.grad is not None for t in tensors) == wanted
 
     def test_second_order_is_refused(self):
@@ -121,7 +127,7 @@ def test_layout_of_the_input_is_kept(implementation, kernel_size):
     torch.testing.assert_close(y, layer(x))
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "direct", "inputs"])
 def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation):
     """Samples × kernel is 147,456 values here; the cells are 2,048, x is 8,192 and α 18,432."""
     warehouses = Warehouses({"w": (32, 8, 8, 1, 1)})
@@ -136,7 +142,7 @@ def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "direct", "inputs"])
 def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtype):
     torch.manual_seed(0)
     net = build_model({"model": "kw_resnet18", "nb_classes": 10, "cell_num_ratio": 1}).eval()
@@ -194,7 +200,9 @@ def test_forced_by_name():
     net = build_model("configs/quickstart/kw1x_resnet18.json")
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
-    with pytest.raises(ValueError, match="auto, naive, grouped, kernels, streamed, fused, inputs; found 'fast'"):
+    with pytest.raises(
+        ValueError, match="auto, naive, grouped, kernels, streamed, direct, fused, inputs; found 'fast'"
+    ):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
         set_implementation(nn.Linear(2, 2), "auto")
@@ -205,10 +213,23 @@ class TestCost:
         estimates = costs(Partition(kernel, cell), cells, batch, positions, 4, FACTORS["cpu"])
         return min(estimates, key=estimates.get)
 
-    def test_large_maps_take_kernels_small_maps_inputs(self):
-        assert self.cheapest((64, 64, 3, 3), (64, 64, 1, 1), 56, 8, 3136) == "kernels"
+    def test_large_maps_are_convolved_small_maps_multiplied_and_single_pixels_mixed(self):
+        assert self.cheapest((64, 64, 3, 3), (64, 64, 1, 1), 56, 8, 3136) == "direct"
+        assert self.cheapest((256, 256, 3, 3), (256, 256, 1, 1), 47, 8, 196) == "kernels"
         assert self.cheapest((512, 512, 3, 3), (512, 512, 1, 1), 27, 8, 49) == "streamed"
         assert self.cheapest((512, 512, 3, 3), (512, 512, 1, 1), 27, 64, 1) == "inputs"
+
+    def test_only_what_can_compute_a_layer_is_chosen(self, monkeypatch):
+        grouped = Geometry.of((3, 3), padding=1, groups=4)
+        images = torch.empty(2, 16, 64, 64)
+        assert choose(Partition((16, 4, 3, 3), (16, 4, 1, 1)), grouped, 8, images) in ("direct", "kernels")
+        assert choose(Partition((16, 4, 3, 3), (16, 4, 3, 3)), grouped, 8, images) == "kernels"
+        large = Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1), 56
+        assert choose(*large, torch.empty(8, 64, 56, 56)) == "direct"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose(*large, torch.empty(8, 64, 56, 56)) != "direct"
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert choose(*large, torch.empty(8, 64, 56, 56)) == "kernels"
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -242,7 +263,7 @@ def test_training_follows_the_truth():
     data = Digits(train=True)
     images, labels = data.images, torch.tensor(data.targets)
     curves = {}
-    for name in ("naive", "auto", "streamed", "inputs"):
+    for name in ("naive", "auto", "streamed", "direct", "inputs"):
         torch.manual_seed(0)
         warehouses = Warehouses({"w": (6, 4, 4, 1, 1)})
         share = {"warehouses": warehouses, "warehouse": "w"}
