@@ -75,7 +75,8 @@ def cheapest(names: Sequence[str], partition: Partition, geometry: Geometry, num
     """The one of these implementations that has the least `costs` for images x (B, Cin, *spatial)."""
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
     positions = math.prod(geometry.output_size(x.shape[2:], partition.kernel[2:]))
-    estimates = costs(partition, num_cells, len(x), positions, x.element_size(), factors, geometry.groups)
+    layout = {"groups": geometry.groups, "channels_last": x.stride(1) == 1}
+    estimates = costs(partition, num_cells, len(x), positions, x.element_size(), factors, **layout)
     return min(names, key=estimates.__getitem__)
 
 
@@ -87,6 +88,7 @@ def costs(
     itemsize: int,
     factors: Factors,
     groups: int = 1,
+    channels_last: bool = True,
 ) -> dict[str, float]:
     """Cost of one sample by each implementation.
 
@@ -98,6 +100,7 @@ def costs(
         itemsize: Bytes of a value.
         factors: Of the device.
         groups: Of the convolution.
+        channels_last: Whether channels lie together in memory, as tiles read them, or positions, as whole kernels do.
 
     Returns:
         Multiply-adds of a large product, by name.
@@ -111,14 +114,16 @@ def costs(
     fits = batch * kernel * itemsize <= factors.cache
     ordering = factors.kernel if fits else factors.far_kernel
     whole = factors.thin if taps == 1 else factors.grouped
-    # Whole kernels are convolved with channels before positions, in which the input of a k×k kernel is put first.
-    ordered = outputs + (inputs if taps > 1 else 0)
+    read = inputs if taps > 1 else 0  # a 1×1 kernel reads any layout
     mixed_inputs = blocks_out * num_cells * math.prod(partition.cell[1:]) * positions
     return {
-        "kernels": kernel * (mixing + ordering + whole * positions) + factors.activation * ordered,
-        "streamed": kernel * (mixing + factors.thin * positions + factors.tile) + factors.column * columns,
+        "kernels": kernel * (mixing + ordering + whole * positions)
+        + factors.activation * (read + outputs if channels_last else 0),
+        "streamed": kernel * (mixing + factors.thin * positions + factors.tile)
+        + factors.column * columns
+        + factors.activation * (0 if channels_last else read),
         "direct": kernel * (mixing + factors.weight + factors.direct * positions)
-        + factors.activation * outputs
+        + factors.activation * (outputs if channels_last else read + 2 * outputs)
         + factors.call,
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
