@@ -133,7 +133,7 @@ class Direct:
         self._grad_x: list[Tensor] = []
 
     def apply(self, kernels: Tensor, out: Tensor) -> None:
-        """As `Columns.apply`, for the rows of whole kernels."""
+        """As `Columns.apply`; of a grouped convolution, for all rows at once."""
         g = self._geometry
         conv = CONV[len(g.stride)]
         for sample, weight in enumerate(self._weights(kernels)):
@@ -141,7 +141,7 @@ class Direct:
             out[sample].copy_(y[0].flatten(1).unflatten(0, out.shape[1:3]))
 
     def backward(self, grad: Tensor, kernels: Tensor | None, grad_kernels: Tensor | None) -> None:
-        """As `Columns.backward`, for the rows of whole kernels."""
+        """As `Columns.backward`; of a grouped convolution, for all rows at once."""
         g = self._geometry
         zeros = [0] * len(g.stride)
         wanted = [kernels is not None, grad_kernels is not None, False]
