@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
-from .columns import columns, columns_adjoint, parts_of, windows
+from .columns import columns, columns_adjoint, even_part, parts_of, windows
 from .geometry import Geometry, Padding, check_operands
 from .naive import CONV, naive_dynamic_conv
 
@@ -18,6 +18,7 @@ __all__ = [
     "columns_adjoint",
     "dynamic_conv",
     "dynamic_conv_from_geometry",
+    "even_part",
     "parts_of",
     "windows",
 ]

@@ -76,5 +76,11 @@ def taps(kernel_size: Sequence[int], positions: Sequence[int], geometry: Geometr
 
 def parts_of(total: int, most: int) -> list[int]:
     """Cut `total` into parts of at most `most`, as equal as can be."""
-    each = math.ceil(total / math.ceil(total / most))
+    each = even_part(total, most)
     return [min(each, total - first) for first in range(0, total, each)]
+
+
+def even_part(total: int, most: int, multiple: int = 1) -> int:
+    """Size of parts of at most `most`, as equal as can be, that make up `total`; rounded up to a multiple."""
+    part = math.ceil(total / math.ceil(total / max(most, 1)))
+    return min(math.ceil(part / multiple) * multiple, total)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dynamic_conv import Geometry, columns, dynamic_conv_from_geometry
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention
-from .mixed_conv import computing_type
+from .mixed_conv import computing_type, exporting
 from .mixing import mix_rows
 from .partition import Partition
 from .streamed import empty_output, tiles
@@ -46,7 +46,7 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if exporting():
         kernels = folded_kernels(attention, products, x, partition)
         return dynamic_conv_from_geometry(x, kernels, None, geometry)
     hidden, scales = _hidden_and_scales(attention, x, partition)

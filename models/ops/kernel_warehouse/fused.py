@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import Geometry
+from ..dynamic_conv import Geometry, even_part
 from .mixing import mix_rows
 from .partition import Partition
 from .streamed import empty_output, streamed_conv
@@ -232,8 +232,7 @@ def _mix(alpha: Tensor, cells: Tensor) -> Tensor:
 def _chunks(alpha: Tensor, cells: Tensor) -> Iterator[slice]:
     """Slices of samples, as equal as can be, whose kernels take at most `_CHUNK_BYTES`."""
     kernel = alpha.shape[1] * alpha.shape[2] * cells[0].numel() * alpha.element_size()
-    most = max(_CHUNK_BYTES // kernel, 1)
-    samples = math.ceil(len(alpha) / math.ceil(len(alpha) / most))
+    samples = even_part(len(alpha), _CHUNK_BYTES // kernel)
     for first in range(0, len(alpha), samples):
         yield slice(first, min(first + samples, len(alpha)))
 

@@ -29,7 +29,7 @@ def grouped_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, 
 def kernels_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
     """Mix all kernels, then convolve each sample with its own by the best form for the shape."""
     y = dynamic_conv_from_geometry(x, mix(alpha, cells, partition), None, geometry)
-    if x.stride(1) != 1 or _exporting():
+    if x.stride(1) != 1 or exporting():
         return y
     # Channels first is what the forms give; the layers that follow should get what they would from a static one.
     return y.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -109,13 +109,13 @@ def supports(implementation: str, partition: Partition, geometry: Geometry) -> b
     """
     if implementation not in ("streamed", "direct", "fused", "inputs"):
         return True
-    if _exporting():
+    if exporting():
         return False
     if geometry.groups > 1 and implementation != "direct":
         return False
     return implementation == "inputs" or all(size == 1 for size in partition.cell[2:])
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """Whether a graph is made that will run elsewhere, for any batch."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()

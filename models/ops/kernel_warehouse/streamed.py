@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import Geometry
+from ..dynamic_conv import Geometry, even_part
 from .applied import Columns, Direct, Workspace
 from .mixing import mix_rows
 from .partition import Partition
@@ -147,16 +147,10 @@ def tiles(alpha: Tensor, cells: Tensor, copied: int, whole: bool = False) -> Ite
     row = alpha.shape[1] * column
     budget = _TILE_BYTES.get(alpha.device.type, _TILE_BYTES["cuda"])
     least = channels if whole else min(channels, _TILE_CHANNELS)
-    samples = _even(batch, min(budget // (row * least), 2 * budget // max(column * copied, 1)))
-    rows = channels if whole else _even(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
+    samples = even_part(batch, min(budget // (row * least), 2 * budget // max(column * copied, 1)))
+    rows = channels if whole else even_part(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
     for first in range(0, batch, samples):
         yield slice(first, first + samples), [slice(c, min(c + rows, channels)) for c in range(0, channels, rows)]
-
-
-def _even(total: int, most: int, multiple: int = 1) -> int:
-    """Size of parts of about `most`, as equal as can be, that make up `total`."""
-    part = math.ceil(total / math.ceil(total / max(most, 1)))
-    return min(math.ceil(part / multiple) * multiple, total)
 
 
 def empty_output(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
