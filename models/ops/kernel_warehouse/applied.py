@@ -1,4 +1,4 @@
-"""Kernels of a few samples applied to their inputs, and the adjoints, in two ways: `Columns` and `Direct`.
+"""Kernels of a few samples applied to their inputs, and the adjoints, as matrix products: `Columns`.
 
 Kernels come as (B, blocks of output channels, rows, K) with K = taps · C/groups in the order (tap, channel), as mixing
 leaves them, and outputs go to (B, blocks, rows, P), P being the output positions. Whatever is used again for the next
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dynamic_conv import CONV, Geometry, columns, columns_adjoint, parts_of
+from ..dynamic_conv import Geometry, columns, columns_adjoint, parts_of
 
 _LONGEST_SUM = 1024  # a product over more is faster in parts, which stay in the cache
 _NARROW = 128  # blocks of no more rows are put together: a copy of their kernels costs less than thin products
@@ -113,57 +113,3 @@ def _together(out: Tensor) -> list[slice]:
     if rows <= _NARROW and out.stride(1) == rows * out.stride(2):
         return [slice(0, count)]
     return [slice(block, block + 1) for block in range(count)]
-
-
-class Direct:
-    """Torch's convolution, sample by sample: it has the fastest kernels for large maps, and lays out nothing.
-
-    Args:
-        x: (B, C, *spatial).
-        kernel_size: One entry per spatial dimension.
-        geometry: The convolution's arguments, with equal zeros on both sides.
-        _space: Not needed.
-    """
-
-    def __init__(self, x: Tensor, kernel_size: Sequence[int], geometry: Geometry, _space: Workspace):
-        self._x = x
-        self._kernel_size = tuple(kernel_size)
-        self._geometry = geometry
-        self._padding = [before for before, _ in geometry.padding]
-        self._grad_x: list[Tensor] = []
-
-    def apply(self, kernels: Tensor, out: Tensor) -> None:
-        """As `Columns.apply`; of a grouped convolution, for all rows at once."""
-        g = self._geometry
-        conv = CONV[len(g.stride)]
-        for sample, weight in enumerate(self._weights(kernels)):
-            y = conv(self._x[sample : sample + 1], weight, None, g.stride, self._padding, g.dilation, g.groups)
-            out[sample].copy_(y[0].flatten(1).unflatten(0, out.shape[1:3]))
-
-    def backward(self, grad: Tensor, kernels: Tensor | None, grad_kernels: Tensor | None) -> None:
-        """As `Columns.backward`; of a grouped convolution, for all rows at once."""
-        g = self._geometry
-        zeros = [0] * len(g.stride)
-        wanted = [kernels is not None, grad_kernels is not None, False]
-        size = g.output_size(self._x.shape[2:], self._kernel_size)
-        weights = self._weights(grad_kernels if kernels is None else kernels)  # in the former case, for its shape alone
-        for sample, weight in enumerate(weights):
-            received = grad[sample].flatten(0, 1).unflatten(1, size)[None]
-            arguments = (None, g.stride, self._padding, g.dilation, False, zeros, g.groups, wanted)
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                received, self._x[sample : sample + 1], weight, *arguments
-            )
-            if wanted[0] and sample < len(self._grad_x):
-                self._grad_x[sample] += grad_x
-            elif wanted[0]:
-                self._grad_x.append(grad_x)
-            if wanted[1]:
-                grad_kernels[sample].copy_(grad_weight.movedim(1, -1).reshape(grad_kernels.shape[1:]))
-
-    def grad_x(self) -> Tensor:
-        """The gradient of x, (B, C, *spatial)."""
-        return torch.cat(self._grad_x)
-
-    def _weights(self, kernels: Tensor) -> Tensor:
-        """(B, blocks, rows, K) → (B, Cout, C/groups, *kernel size), a view where there is one block."""
-        return kernels.flatten(1, 2).unflatten(2, (*self._kernel_size, -1)).movedim(-1, 2)

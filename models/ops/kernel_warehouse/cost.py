@@ -26,9 +26,7 @@ class Factors:
 
     Attributes:
         grouped: A multiply-add of a convolution with a group for every sample.
-        direct: A multiply-add of a convolution of one sample.
-        call: Calling a convolution for one sample.
-        weight: Ordering one value of a kernel for the convolution of one sample.
+        native: A multiply-add of our own kernels.
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
         column: Copying one value into the columns of streaming.
@@ -41,9 +39,7 @@ class Factors:
     """
 
     grouped: float
-    direct: float
-    call: float
-    weight: float = 100
+    native: float = 1.0
     thin: float = 1.2
     tile: float = 20
     column: float = 60
@@ -56,11 +52,9 @@ class Factors:
 
 
 FACTORS = {
-    "cpu": Factors(grouped=1.0, direct=0.9, call=8e6),
+    "cpu": Factors(grouped=1.0),
     "cuda": Factors(
         grouped=10.0,
-        direct=1.0,
-        call=math.inf,
         tile=400,
         column=400,
         kernel=800,
@@ -122,9 +116,8 @@ def costs(
         "streamed": kernel * (mixing + factors.thin * positions + factors.tile)
         + factors.column * columns
         + factors.activation * (0 if channels_last else read),
-        "direct": kernel * (mixing + factors.weight + factors.direct * positions)
-        + factors.activation * (outputs if channels_last else read + 2 * outputs)
-        + factors.call,
+        "native": kernel * factors.native * (num_cells + positions)
+        + factors.activation * (0 if channels_last else inputs + outputs),
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
 

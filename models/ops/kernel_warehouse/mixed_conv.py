@@ -12,8 +12,9 @@ from .fused import fused_conv
 from .inputs import inputs_conv
 from .mixing import mix
 from .naive import naive_mix
+from .native import can_run, native_conv
 from .partition import Partition
-from .streamed import direct_conv, streamed_conv
+from .streamed import streamed_conv
 
 
 def naive_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
@@ -40,7 +41,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Partition, Geometry
     "grouped": grouped_conv,
     "kernels": kernels_conv,
     "streamed": streamed_conv,
-    "direct": direct_conv,
+    "native": native_conv,
     "fused": fused_conv,
     "inputs": inputs_conv,
 }
@@ -92,8 +93,8 @@ def computing_type(x: Tensor) -> torch.dtype:
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
     """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
     names = ["kernels", "streamed", "inputs"]
-    if not torch.compiler.is_compiling():  # a graph should not hold a loop over samples
-        names.append("direct")
+    if can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32):
+        names.append("native")
     names = [name for name in names if supports(name, partition, geometry)]
     if len(names) == 1:
         return names[0]  # without a look at the batch, which has no number in a graph for export
@@ -104,14 +105,12 @@ def supports(implementation: str, partition: Partition, geometry: Geometry) -> b
     """Whether an implementation can compute a convolution.
 
     A graph for export must not depend on the size that it happens to be made with, and takes whole kernels. So does a
-    grouped convolution, since the output channels of one cell may read different inputs, unless each sample is
-    convolved by itself. Tiles, fused or not, need cells that span one position of the kernel.
+    grouped convolution, since the output channels of one cell may read different inputs. Tiles, by whatever means, need
+    cells that span one position of the kernel.
     """
-    if implementation not in ("streamed", "direct", "fused", "inputs"):
+    if implementation not in ("streamed", "native", "fused", "inputs"):
         return True
-    if exporting():
-        return False
-    if geometry.groups > 1 and implementation != "direct":
+    if exporting() or geometry.groups > 1:
         return False
     return implementation == "inputs" or all(size == 1 for size in partition.cell[2:])
 

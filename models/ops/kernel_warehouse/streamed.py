@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dynamic_conv import Geometry, even_part
-from .applied import Columns, Direct, Workspace
+from .applied import Columns, Workspace
 from .mixing import mix_rows
 from .partition import Partition
 
@@ -36,34 +36,25 @@ def streamed_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition,
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
-    return _stream(alpha, cells, x, partition, geometry, Columns)
-
-
-def direct_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
-    """The same by torch's convolution for each sample, which may be grouped."""
-    return _stream(alpha, cells, x, partition, geometry, Direct)
-
-
-def _stream(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry, way: type) -> Tensor:
     x, padding = geometry.split_padding(x)
     geometry = Geometry(geometry.stride, tuple((p, p) for p in padding), geometry.dilation, geometry.groups)
     *taps, blocks_out, blocks_in = partition.grid
     alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
-    return _StreamedConv.apply(alpha, cells, x, tuple(taps), geometry, way)
+    return _StreamedConv.apply(alpha, cells, x, tuple(taps), geometry)
 
 
 class _StreamedConv(torch.autograd.Function):
-    """`_stream` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
+    """`streamed_conv` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
 
     @staticmethod
-    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry, way):
+    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry):
         ctx.save_for_backward(alpha, cells, x)
-        ctx.arguments = kernel_size, geometry, way
+        ctx.arguments = kernel_size, geometry
         y, flat = empty_output(x, alpha.shape[1] * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
         flat = flat.unflatten(1, (alpha.shape[1], -1))
         space = Workspace(x)
-        for samples, rows in _tiles(alpha, cells, flat.shape[3], *ctx.arguments):
-            applied = way(x[samples], kernel_size, geometry, space)
+        for samples, rows in _tiles(alpha, cells, flat.shape[3], kernel_size):
+            applied = Columns(x[samples], kernel_size, geometry, space)
             for channels in rows:
                 applied.apply(_kernels(alpha[samples], cells[:, channels], space), flat[samples, :, channels])
         return y
@@ -72,15 +63,15 @@ class _StreamedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         alpha, cells, x = ctx.saved_tensors
-        kernel_size, geometry, way = ctx.arguments
+        kernel_size, geometry = ctx.arguments
         needs_alpha, needs_cells, needs_x = ctx.needs_input_grad[:3]
         grad = grad.flatten(2).unflatten(1, (alpha.shape[1], -1))
         grad_alpha = torch.zeros_like(alpha, dtype=torch.promote_types(alpha.dtype, torch.float32))
         grad_store = cells.new_empty(cells.shape[1], len(cells), cells[0, 0].numel()) if needs_cells else None
         grad_x = []
         space = Workspace(x)
-        for samples, rows in _tiles(alpha, cells, grad.shape[3], *ctx.arguments):
-            applied = way(x[samples], kernel_size, geometry, space)
+        for samples, rows in _tiles(alpha, cells, grad.shape[3], kernel_size):
+            applied = Columns(x[samples], kernel_size, geometry, space)
             coefficients = alpha[samples].flatten(0, 2)
             for channels in rows:
                 part = cells[:, channels]
@@ -103,7 +94,7 @@ class _StreamedConv(torch.autograd.Function):
                 grad_x.append(applied.grad_x())
         grad_cells = grad_store.transpose(0, 1).unflatten(2, cells.shape[2:]) if needs_cells else None
         grad_x = None if not grad_x else grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
-        return grad_alpha.to(alpha.dtype) if needs_alpha else None, grad_cells, grad_x, None, None, None
+        return grad_alpha.to(alpha.dtype) if needs_alpha else None, grad_cells, grad_x, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -122,19 +113,17 @@ def _kernels(alpha: Tensor, cells: Tensor, space: Workspace) -> Tensor:
     return mix_rows(coefficients, cells, out).view(cells.shape[1], *alpha.shape[:2], -1).permute(1, 2, 0, 3)
 
 
-def _tiles(alpha: Tensor, cells: Tensor, positions: int, kernel_size: tuple[int, ...], geometry: Geometry, way: type):
-    copied = positions if way is Columns and math.prod(kernel_size) > 1 else 0
-    return tiles(alpha, cells, copied, whole=geometry.groups > 1)
+def _tiles(alpha: Tensor, cells: Tensor, positions: int, kernel_size: tuple[int, ...]):
+    return tiles(alpha, cells, positions if math.prod(kernel_size) > 1 else 0)
 
 
-def tiles(alpha: Tensor, cells: Tensor, copied: int, whole: bool = False) -> Iterator[tuple[slice, list[slice]]]:
+def tiles(alpha: Tensor, cells: Tensor, copied: int) -> Iterator[tuple[slice, list[slice]]]:
     """Cut the work so that the kernels of a tile fit in the cache.
 
     Args:
         alpha: (B, blocks of output channels, parts, n).
         cells: (n, cout, cin, *ones).
         copied: Output positions of a sample for which what they read is copied.
-        whole: Whether a tile must have all output channels of its samples.
 
     Yields:
         A slice of samples, and with it the slices of a cell's output channels.
@@ -146,9 +135,9 @@ def tiles(alpha: Tensor, cells: Tensor, copied: int, whole: bool = False) -> Ite
     column = alpha.shape[2] * cells[0, 0].numel() * alpha.element_size()
     row = alpha.shape[1] * column
     budget = _TILE_BYTES.get(alpha.device.type, _TILE_BYTES["cuda"])
-    least = channels if whole else min(channels, _TILE_CHANNELS)
+    least = min(channels, _TILE_CHANNELS)
     samples = even_part(batch, min(budget // (row * least), 2 * budget // max(column * copied, 1)))
-    rows = channels if whole else even_part(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
+    rows = even_part(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
     for first in range(0, batch, samples):
         yield slice(first, first + samples), [slice(c, min(c + rows, channels)) for c in range(0, channels, rows)]
 

@@ -18,6 +18,7 @@ from kernelwarehouse.models.ops.dynamic_conv import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_conv
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
+from .convolutions import CONVOLUTIONS, convolution
 from .layers import make, naive_forward
 from .parity import assert_parity
 
@@ -25,31 +26,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# kernel, cell, size of the input, and the convolution's arguments; tiles are 16 × 32 × 8 in the interpreter
-CASES = {
-    "padding": ((12, 6, 3, 3), (6, 3, 1, 1), (7, 5), {"padding": 1}),
-    "stride": ((4, 6, 3, 3), (2, 6, 1, 1), (7, 5), {"stride": 2}),
-    "one-pixel": ((4, 6, 3, 3), (4, 3, 1, 1), (1, 1), {"padding": 1}),
-    "unequal": ((6, 4, 3, 3), (3, 2, 1, 1), (7, 5), {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
-    "stride-and-dilation": ((4, 3, 3, 2), (2, 3, 1, 1), (9, 7), {"stride": (2, 3), "padding": 3, "dilation": (2, 1)}),
-    "unread-pixels": ((3, 2, 2, 1), (3, 1, 1, 1), (9, 7), {"stride": 4}),
-    "unequal-padding": ((3, 2, 2, 2), (3, 2, 1, 1), (4, 5), {"padding": "same"}),
-    "reflect": ((4, 3, 3, 3), (2, 3, 1, 1), (5, 4), {"padding": 1, "padding_mode": "reflect"}),
-    "pointwise": ((8, 6, 1, 1), (4, 3, 1, 1), (7, 5), {}),
-    "pointwise-stride": ((6, 4, 1, 1), (3, 4, 1, 1), (7, 5), {"stride": 2}),
-    "several-tiles": ((34, 18, 1, 2), (17, 9, 1, 1), (7, 6), {"padding": (0, 1)}),
-    "one-channel": ((1, 1, 3, 3), (1, 1, 1, 1), (4, 5), {"padding": 1}),
-    "line": ((6, 4, 5), (3, 2, 1), (9,), {"stride": 2, "padding": 2, "dilation": 2}),
-}
-
 
 def case(name):
-    torch.manual_seed(0)
-    kernel, cell, size, arguments = CASES[name]
-    partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], **arguments)
-    shapes = (2, partition.mixtures, 5), (5, *cell), (2, kernel[1], *size)
-    leaves = [torch.randn(shape, dtype=torch.float64, device=DEVICE).requires_grad_() for shape in shapes]
-    return partition, geometry, leaves
+    return convolution(name, DEVICE)
 
 
 def multiply_bfloat16(monkeypatch):
@@ -78,7 +57,7 @@ def test_in_the_interpreter():
     done = subprocess.run([*command, "-k", "TestKernels"], capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
-    assert int(done.stdout.splitlines()[-1].split()[0]) > len(CASES)
+    assert int(done.stdout.splitlines()[-1].split()[0]) > len(CONVOLUTIONS)
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter, and on a GPU")
@@ -87,7 +66,7 @@ class TestKernels:
     def nothing_is_streamed(self, monkeypatch):
         monkeypatch.setattr(fused, "streamed_conv", None)
 
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("name", CONVOLUTIONS)
     def test_parity_with_naive(self, name):
         partition, geometry, (alpha, cells, x) = case(name)
         assert_parity(

@@ -70,15 +70,14 @@ class TestStreaming:
 
     @pytest.mark.parametrize("tile", [1, 4096, 1 << 20])
     @pytest.mark.parametrize("arguments", GEOMETRIES, ids=str)
-    @pytest.mark.parametrize("implementation", ["streamed", "direct"])
-    def test_any_tile_gives_the_same(self, monkeypatch, implementation, arguments, tile):
+    def test_any_tile_gives_the_same(self, monkeypatch, arguments, tile):
         monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
         monkeypatch.setattr(streamed, "_TILE_CHANNELS", 3)
         partition, geometry, (alpha, cells, x) = self.case(*arguments)
         taken = list(streamed.tiles(alpha.new_empty(5, 2, 18, 11), cells, copied=35))
         assert (len(taken), len(taken[0][1])) == {1: (5, 2), 4096: (5, 2), 1 << 20: (1, 1)}[tile]
         assert_parity(
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, implementation),
+            lambda: mixed_conv(alpha, cells, x, partition, geometry, "streamed"),
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
             {"alpha": alpha, "cells": cells, "x": x},
         )
@@ -94,7 +93,7 @@ class TestStreaming:
         received = sum((part * grad).sum() for part, grad in zip(parts, c, strict=True))
         torch.testing.assert_close(received, (x * columns_adjoint(c, (7, 5), (3, 3), geometry)).sum())
 
-    @pytest.mark.parametrize("implementation", ["streamed", "direct"])
+    @pytest.mark.parametrize("implementation", ["streamed", "native"])
     @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
     def test_gradients_that_nobody_wants_are_not_computed(self, implementation, wanted):
         partition, geometry, tensors = self.case(1, 1, 1)
@@ -102,9 +101,10 @@ class TestStreaming:
         mixed_conv(*tensors, partition, geometry, implementation).square().sum().backward()
         assert tuple(t.grad is not None for t in tensors) == wanted
 
-    def test_second_order_is_refused(self):
+    @pytest.mark.parametrize("implementation", ["streamed", "native"])
+    def test_second_order_is_refused(self, implementation):
         partition, geometry, (alpha, cells, x) = self.case(1, 1, 1)
-        y = mixed_conv(alpha, cells, x, partition, geometry, "streamed")
+        y = mixed_conv(alpha, cells, x, partition, geometry, implementation)
         (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
@@ -126,7 +126,7 @@ def test_layout_of_the_input_is_kept(implementation, kernel_size):
     torch.testing.assert_close(y, layer(x))
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "direct", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "native", "inputs"])
 def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation):
     """Samples × kernel is 147,456 values here; the cells are 2,048, x is 8,192 and α 18,432."""
     warehouses = Warehouses({"w": (32, 8, 8, 1, 1)})
@@ -141,7 +141,7 @@ def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "direct", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "inputs"])
 def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtype):
     torch.manual_seed(0)
     net = build_model({"model": "kw_resnet18", "nb_classes": 10, "cell_num_ratio": 1}).eval()
@@ -160,7 +160,7 @@ def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtyp
     assert errors[implementation] <= 1.1 * errors["grouped"]
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "native", "inputs"])
 def test_compiled_in_one_graph(implementation):
     layer, warehouses, x = make("conv2d")
     layer.implementation = implementation
@@ -200,7 +200,7 @@ def test_forced_by_name():
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
     with pytest.raises(
-        ValueError, match="auto, naive, grouped, kernels, streamed, direct, fused, inputs; found 'fast'"
+        ValueError, match="auto, naive, grouped, kernels, streamed, native, fused, inputs; found 'fast'"
     ):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
@@ -265,7 +265,7 @@ def test_training_follows_the_truth():
     data = Digits(train=True)
     images, labels = data.images, torch.tensor(data.targets)
     curves = {}
-    for name in ("naive", "auto", "streamed", "direct", "inputs"):
+    for name in ("naive", "auto", "streamed", "native", "inputs"):
         torch.manual_seed(0)
         warehouses = Warehouses({"w": (6, 4, 4, 1, 1)})
         share = {"warehouses": warehouses, "warehouse": "w"}

@@ -1,0 +1,179 @@
+"""The convolution with mixed kernels in C++, for a CPU: kernels live in the cache, and inputs are read in place.
+
+It does what `streamed` does without its copies: no columns are written, and what a core mixes at once fits in its own
+cache. For single and double precision, which autocast is not, and cells that span one position of the kernel.
+"""
+
+import ctypes
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...dynamic_conv import Geometry
+from ..partition import Partition
+from ..streamed import empty_output, streamed_conv
+from .library import NativeError, library
+
+__all__ = ["NativeError", "can_run", "library", "native_conv"]
+
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]); arguments, result and order of the gradient as `streamed_conv`.
+
+    Streaming takes over where this cannot run, which is said once.
+
+    Raises:
+        ValueError: An input that is smaller than the kernel.
+    """
+    if not can_run(x.device.type, x.dtype, warn=True):
+        return streamed_conv(alpha, cells, x, partition, geometry)
+    x, padding = geometry.split_padding(x)
+    *taps, blocks_out, blocks_in = partition.grid
+    alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
+    missing = 3 - len(taps)  # an image is a volume of depth 1
+    ones, zeros = [1] * missing, [0] * missing
+    window = [*ones, *taps, *ones, *geometry.stride, *zeros, *padding, *ones, *geometry.dilation]
+    return _NativeConv.apply(alpha, cells.to(x.dtype), x, window)
+
+
+@torch.compiler.assume_constant_result
+def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
+    """Whether tensors of a type on a type of device can be computed with; if not, a warning can say why, once."""
+    obstacle = _obstacle(device, dtype)
+    if warn and obstacle:
+        _warn_once(f"implementation 'native' gives way to others, slower on a CPU: {obstacle}")
+    return obstacle is None
+
+
+@functools.cache
+def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"it runs on a CPU, not on {device!r}"
+    if dtype not in _TYPES:
+        return f"it computes in {' and '.join(map(str, _TYPES))}, not in {dtype}"
+    try:
+        library()
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+class _NativeConv(torch.autograd.Function):
+    """`native_conv` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
+
+    @staticmethod
+    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
+        ctx.save_for_backward(alpha, cells, x)
+        ctx.window = window
+        return _convolve(alpha, cells, x, window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        alpha, cells, x = ctx.saved_tensors
+        needs_alpha, needs_cells, needs_x, _ = ctx.needs_input_grad
+        grad_alpha = grad_cells = grad_x = None
+        if needs_x:
+            grad_x = _gradient_of_x(grad, alpha, cells, x, ctx.window)
+        if needs_alpha or needs_cells:
+            grad_alpha, grad_cells = _gradients_of_mixing(grad, alpha, cells, x, ctx.window)
+        return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, None
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
+def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    y = _output(alpha, cells, x, window)
+    pixels = _pixels(y)
+    _call("convolve", alpha, cells, (_pixels(x), pixels), _problem(alpha, cells, x, y, window))
+    return _from_pixels(pixels, y)
+
+
+@_convolve.register_fake
+def _output(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    dims = x.ndim - 2
+    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
+    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(x.shape[2:], taps)
+    if min(size) < 1:
+        raise ValueError(f"an input of {tuple(x.shape[2:])} is too small for a kernel of {tuple(taps)}")
+    return empty_output(x, alpha.shape[1] * cells.shape[1], size)[0]
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
+def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    grad_x = empty_output(x, x.shape[1], x.shape[2:])[0]
+    pixels = _pixels(grad_x)
+    _call("gradient_of_x", alpha, cells, (_pixels(grad), pixels), _problem(alpha, cells, x, grad, window))
+    return _from_pixels(pixels, grad_x)
+
+
+@_gradient_of_x.register_fake
+def _(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
+    return empty_output(x, x.shape[1], x.shape[2:])[0]
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv_gradients_of_mixing", mutates_args=())
+def _gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    problem = _problem(alpha, cells, x, grad, window)
+    # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
+    grad_alpha = alpha.new_zeros(torch.get_num_threads(), *alpha.shape[:3], math.ceil(len(cells) / 16) * 16)
+    grad_cells = _like_cells(cells)
+    operands = _pixels(x), _pixels(grad), grad_alpha, grad_cells.transpose(0, 1)
+    _call("gradients_of_mixing", alpha, cells, operands, problem)
+    return grad_alpha.sum(0)[..., : len(cells)].contiguous(), grad_cells
+
+
+@_gradients_of_mixing.register_fake
+def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(alpha, memory_format=torch.contiguous_format), _like_cells(cells)
+
+
+def _like_cells(cells: Tensor) -> Tensor:
+    return cells.new_empty(cells.shape[1], len(cells), *cells.shape[2:]).transpose(0, 1)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """(B, C, *spatial) → (B, *spatial, C), contiguous: the same memory if channels are last in it."""
+    return images.movedim(1, -1).contiguous()
+
+
+def _from_pixels(pixels: Tensor, images: Tensor) -> Tensor:
+    """Fill images, of which `pixels` is the view or copy that `_pixels` gave."""
+    return images if pixels.data_ptr() == images.data_ptr() else images.copy_(pixels.movedim(-1, 1))
+
+
+def _problem(alpha: Tensor, cells: Tensor, x: Tensor, y: Tensor, window: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Sizes as `Problem` in convolution.cpp has them."""
+    blocks = alpha.shape[1], x.shape[1] // cells.shape[2]
+    return _sizes(len(x), *blocks, *cells.shape[:3], tuple(x.shape[2:]), tuple(y.shape[2:]), tuple(window))
+
+
+@functools.lru_cache(1024)
+def _sizes(*sizes: int | tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    *scalars, inputs, outputs, window = sizes
+    if window == (1,) * 6 + (0,) * 3 + (1,) * 3:  # all pixels are alike
+        inputs = outputs = (math.prod(outputs),)
+    missing = (1,) * (3 - len(inputs))
+    values = [*scalars, *missing, *inputs, *missing, *outputs, *window]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _call(function: str, alpha: Tensor, cells: Tensor, operands: Sequence[Tensor], problem: ctypes.Array) -> None:
+    rows = cells.transpose(0, 1).contiguous()
+    tensors = alpha.contiguous(), rows, *operands
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    run = getattr(library(), f"{function}_{_TYPES[alpha.dtype]}")
+    run(problem, ctypes.c_int64(torch.get_num_threads()), *pointers)

@@ -1,0 +1,145 @@
+// One small product of strided operands, and a transposition, both in vector registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using Int = int64_t;
+
+// A register's bytes, and the tile of sums that fills the registers: WIDE of them by TALL rows.
+#if defined(__AVX512F__)
+constexpr Int REGISTER = 64, WIDE = 4, TALL = 7;
+#elif defined(__aarch64__)
+constexpr Int REGISTER = 16, WIDE = 4, TALL = 6;
+#else
+constexpr Int REGISTER = 32, WIDE = 2, TALL = 6;
+#endif
+
+constexpr Int AHEAD = 8;  // rows of a right factor that are asked for early; cells come from far
+
+template <typename T>
+constexpr Int LANES = REGISTER / sizeof(T);
+
+template <typename T, Int lanes>
+using Vector __attribute__((vector_size(lanes * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+
+constexpr Int ROUND = 16;  // to a multiple of which the length of a transposed row is rounded up
+
+Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
+Int round_up(Int a) { return ceil_div(a, ROUND) * ROUND; }
+
+// A matrix (rows, outer × inner) or (outer × inner, columns) in memory. The columns of a right factor are contiguous.
+template <typename T>
+struct Left {
+  const T* data;
+  Int row, outer, inner;
+};
+template <typename T>
+struct Right {
+  const T* data;
+  Int outer, inner;
+};
+
+template <typename T, Int lanes, Int vectors, Int rows>
+inline __attribute__((always_inline)) void tile(Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+  using V = Vector<T, lanes>;
+  V sum[rows][vectors];
+  for (Int i = 0; i < rows; i++)
+    for (Int v = 0; v < vectors; v++) sum[i][v] = add ? *(const V*)(c + i * c_row + v * lanes) : V{};
+  for (Int o = 0; o < outer; o++) {
+    const T *left = a.data + o * a.outer, *right = b.data + o * b.outer;
+    for (Int k = 0; k < inner; k++, left += a.inner, right += b.inner) {
+      V value[vectors];
+      for (Int v = 0; v < vectors; v++) value[v] = *(const V*)(right + v * lanes);
+      for (Int v = 0; v < vectors; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
+      for (Int i = 0; i < rows; i++)
+        for (Int v = 0; v < vectors; v++) sum[i][v] += left[i * a.row] * value[v];
+    }
+  }
+  for (Int i = 0; i < rows; i++)
+    for (Int v = 0; v < vectors; v++) *(V*)(c + i * c_row + v * lanes) = sum[i][v];
+}
+
+// As many columns as `vectors` hold, for any number of rows.
+template <typename T, Int lanes, Int vectors>
+void strip(Int rows, Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+  Int tiles = ceil_div(rows, TALL);
+  for (Int i = 0; i < tiles; i++) {
+    Int first = rows * i / tiles;
+    Left<T> left = {a.data + first * a.row, a.row, a.outer, a.inner};
+    T* out = c + first * c_row;
+    switch (rows * (i + 1) / tiles - first) {
+#define ROWS(count)                                                              \
+  case count:                                                                    \
+    tile<T, lanes, vectors, count>(outer, inner, left, b, out, c_row, add); \
+    break;
+      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
+#undef ROWS
+    }
+  }
+}
+
+// c (rows, columns) = a b, or c += a b.
+template <typename T>
+void multiply(Int rows, Int columns, Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+#define STRIP(lanes, vectors)                                                             \
+  for (; columns >= lanes * vectors; columns -= lanes * vectors) {                        \
+    strip<T, lanes, vectors>(rows, outer, inner, a, b, c, c_row, add);                    \
+    b.data += lanes * vectors;                                                            \
+    c += lanes * vectors;                                                                 \
+  }
+  if constexpr (WIDE == 4) {
+    STRIP(LANES<T>, 4)
+    STRIP(LANES<T>, 3)
+  }
+  STRIP(LANES<T>, 2)
+  STRIP(LANES<T>, 1)
+  if constexpr (LANES<T> > 4) STRIP(4, 1)
+  STRIP(1, 1)
+#undef STRIP
+}
+
+#if defined(__AVX512F__)
+// 16 rows and columns: 4 × 4 squares are brought together by loads, and transposed side by side.
+inline void transpose_square(const float* const* rows, Int column, float* to, Int to_row) {
+  for (Int c = 0; c < 16; c += 4) {
+    __m512 v[4];
+    for (Int i = 0; i < 4; i++) {
+      v[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + column + c));
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 4] + column + c), 1);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 8] + column + c), 2);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 12] + column + c), 3);
+    }
+    __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+    __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1])), high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    _mm512_storeu_pd(to + c * to_row, _mm512_unpacklo_pd(low01, low23));
+    _mm512_storeu_pd(to + (c + 1) * to_row, _mm512_unpackhi_pd(low01, low23));
+    _mm512_storeu_pd(to + (c + 2) * to_row, _mm512_unpacklo_pd(high01, high23));
+    _mm512_storeu_pd(to + (c + 3) * to_row, _mm512_unpackhi_pd(high01, high23));
+  }
+}
+#endif
+
+// to (columns, rows), whose rows have room for a multiple of ROUND values; what lies there is undefined.
+template <typename T>
+void transpose(Int rows, Int columns, const T* from, Int from_row, T* to, Int to_row) {
+  for (Int i = 0; i < rows; i += ROUND) {
+    Int done = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      const T* row[16];
+      for (Int k = 0; k < 16; k++) row[k] = from + std::min(i + k, rows - 1) * from_row;
+      for (; done + 16 <= columns; done += 16) transpose_square(row, done, to + done * to_row + i, to_row);
+    }
+#endif
+    for (; done < columns; done++)
+      for (Int k = i; k < std::min(i + ROUND, rows); k++) to[done * to_row + k] = from[k * from_row + done];
+  }
+}
+
+}  // namespace

@@ -1,0 +1,35 @@
+"""Convolutions with mixed kernels of odd sizes, for the implementations that have kernels of their own."""
+
+import torch
+from torch import Tensor
+
+from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.kernel_warehouse import Partition
+
+# kernel, cell, size of the input, and the convolution's arguments; fused tiles are 16 × 32 × 8 in the interpreter
+CONVOLUTIONS = {
+    "padding": ((12, 6, 3, 3), (6, 3, 1, 1), (7, 5), {"padding": 1}),
+    "stride": ((4, 6, 3, 3), (2, 6, 1, 1), (7, 5), {"stride": 2}),
+    "one-pixel": ((4, 6, 3, 3), (4, 3, 1, 1), (1, 1), {"padding": 1}),
+    "unequal": ((6, 4, 3, 3), (3, 2, 1, 1), (7, 5), {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)}),
+    "stride-and-dilation": ((4, 3, 3, 2), (2, 3, 1, 1), (9, 7), {"stride": (2, 3), "padding": 3, "dilation": (2, 1)}),
+    "unread-pixels": ((3, 2, 2, 1), (3, 1, 1, 1), (9, 7), {"stride": 4}),
+    "unequal-padding": ((3, 2, 2, 2), (3, 2, 1, 1), (4, 5), {"padding": "same"}),
+    "reflect": ((4, 3, 3, 3), (2, 3, 1, 1), (5, 4), {"padding": 1, "padding_mode": "reflect"}),
+    "pointwise": ((8, 6, 1, 1), (4, 3, 1, 1), (7, 5), {}),
+    "pointwise-stride": ((6, 4, 1, 1), (3, 4, 1, 1), (7, 5), {"stride": 2}),
+    "several-tiles": ((34, 18, 1, 2), (17, 9, 1, 1), (7, 6), {"padding": (0, 1)}),
+    "one-channel": ((1, 1, 3, 3), (1, 1, 1, 1), (4, 5), {"padding": 1}),
+    "line": ((6, 4, 5), (3, 2, 1), (9,), {"stride": 2, "padding": 2, "dilation": 2}),
+}
+
+
+def convolution(
+    name: str, device: str = "cpu", batch: int = 2, cells: int = 5
+) -> tuple[Partition, Geometry, list[Tensor]]:
+    """Partition, geometry, and α (B, m, n), cells and input as leaves in double precision."""
+    torch.manual_seed(0)
+    kernel, cell, size, arguments = CONVOLUTIONS[name]
+    partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], **arguments)
+    shapes = (batch, partition.mixtures, cells), (cells, *cell), (batch, kernel[1], *size)
+    return partition, geometry, [torch.randn(s, dtype=torch.float64, device=device).requires_grad_() for s in shapes]

@@ -1,0 +1,200 @@
+"""The native convolution: its sums, its threads, and what happens where it cannot be compiled."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernelwarehouse.models.ops import kernel_warehouse
+from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
+from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
+from kernelwarehouse.models.ops.kernel_warehouse.native import NativeError, library
+
+from .convolutions import CONVOLUTIONS, convolution
+from .parity import assert_parity
+
+ROOT = Path(__file__).parents[3]
+FORGET = native._obstacle, native._warn_once, library
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads, for the time of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forgotten(monkeypatch, tmp_path):
+    """A process that has not looked for the library yet, and a machine that has none."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for function in FORGET:
+        function.cache_clear()
+    yield tmp_path / "kernelwarehouse"
+    for function in FORGET:
+        function.cache_clear()
+
+
+def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
+    def run(implementation):
+        return mixed_conv(*leaves, partition, geometry, implementation)
+
+    names = ("alpha", "cells", "x")
+    assert_parity(lambda: run("native"), lambda: run("grouped"), dict(zip(names, leaves, strict=True)), tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_parity(threads, name, count):
+    assert native.can_run("cpu", torch.float64), native._obstacle("cpu", torch.float64)
+    threads(count)
+    assert_equal_to_grouped(*convolution(name))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cell", "cells", "size", "batch"),
+    [
+        ((70, 75, 3, 3), (35, 75, 1, 1), 37, (9, 8), 3),  # several parts of rows and of channels
+        ((33, 21, 7, 7), (33, 7, 1, 1), 3, (8, 5), 2),  # more mixtures of one sample than are mixed at once
+        ((6, 5, 1, 1), (2, 5, 1, 1), 50, (3, 1), 61),  # samples in many groups
+        ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # one sample, whose lines are shared out
+        ((4, 6, 2, 3, 2), (2, 3, 1, 1, 1), 9, (4, 5, 3), 2),  # a volume
+    ],
+    ids=["parts", "taps", "samples", "lines", "volume"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch, dtype):
+    threads(3)
+    torch.manual_seed(0)
+    partition = Partition(kernel, cell)
+    geometry = Geometry.of(kernel[2:], stride=1, padding=kernel[-1] // 2)
+    shapes = (batch, partition.mixtures, cells), (cells, *cell), (batch, kernel[1], *size)
+    leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+    assert_equal_to_grouped(partition, geometry, leaves, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_same_digits_every_time(threads, memory_format):
+    """Sums are shared among threads in a fixed way."""
+    threads(4)
+    torch.manual_seed(0)
+    partition, geometry = Partition((64, 48, 3, 3), (32, 48, 1, 1)), Geometry.of((3, 3), padding=1)
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((5, 18, 21), (21, 32, 48, 1, 1), (5, 48, 13, 11))]
+    leaves[2] = leaves[2].detach().to(memory_format=memory_format).requires_grad_()
+    first, *others = [
+        torch.autograd.grad(mixed_conv(*leaves, partition, geometry, "native").square().sum(), leaves) for _ in range(5)
+    ]
+    for gradients in others:
+        assert all(map(torch.equal, first, gradients))
+
+
+def test_operators_are_well_formed():
+    partition, geometry, (alpha, cells, x) = convolution("unequal")
+    x = x.detach().to(memory_format=torch.channels_last)
+    alpha = alpha.detach().unflatten(1, (9, 2, 2)).transpose(1, 2).flatten(2, 3)
+    window = [1, 3, 3, 1, 2, 1, 0, 0, 2, 1, 1, 2]
+    arguments = alpha, cells.detach(), x, window
+    y = mixed_conv(*convolution("unequal")[2], partition, geometry, "native")
+    torch.testing.assert_close(native._convolve(*arguments), y)
+    for operator, operands in (
+        (native._convolve, arguments),
+        (native._gradient_of_x, (torch.randn_like(y), *arguments)),
+        (native._gradients_of_mixing, (torch.randn_like(y), *arguments)),
+    ):
+        torch.library.opcheck(operator, operands)
+
+
+def test_input_smaller_than_the_kernel():
+    partition, geometry, (alpha, cells, x) = convolution("stride")
+    with pytest.raises(ValueError, match=r"an input of \(2, 5\) is too small for a kernel of \(3, 3\)"):
+        mixed_conv(alpha, cells, x[:, :, :2], partition, geometry, "native")
+
+
+def test_auto_takes_it_where_it_can_run():
+    partition, geometry = Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1)
+    x = torch.empty(8, 64, 14, 14).to(memory_format=torch.channels_last)
+    assert choose(partition, geometry, 27, x) == "native"
+    assert choose(partition, geometry, 27, x.bfloat16()) != "native"
+    assert choose(partition, geometry, 27, x.to("meta")) != "native"
+
+
+def test_it_is_compiled_once(forgotten):
+    library()
+    (compiled,) = forgotten.iterdir()
+    assert compiled.suffix == ".so"
+    changed = compiled.stat().st_mtime_ns
+    library.cache_clear()
+    library()
+    assert compiled.stat().st_mtime_ns == changed
+
+
+def test_a_folder_that_cannot_be_written(forgotten):
+    forgotten.write_text("in the way")
+    assert_equal_to_grouped(*convolution("padding"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("no-such-compiler", "no compiler 'no-such-compiler' was found; install GCC"), ("false", "false could not")],
+)
+def test_without_a_compiler_streaming_takes_over_and_says_so(forgotten, monkeypatch, compiler, message):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(NativeError, match=message):
+        library()
+    partition, geometry, leaves = convolution("padding")
+    with pytest.warns(UserWarning, match=rf"'native' gives way to others, slower on a CPU: {message}"):
+        y = mixed_conv(*leaves, partition, geometry, "native")
+    assert torch.equal(y, mixed_conv(*leaves, partition, geometry, "streamed"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said
+        mixed_conv(*leaves, partition, geometry, "native")
+    assert not list(forgotten.iterdir())
+
+
+def test_auto_says_that_it_is_missing(forgotten, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    x = torch.empty(8, 64, 14, 14)
+    with pytest.warns(UserWarning, match="slower on a CPU"):
+        chosen = choose(Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1), 27, x)
+    assert chosen in ("kernels", "streamed")
+
+
+def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatch, tmp_path):
+    """A compiler that writes half of its output and fails."""
+    compiler = tmp_path / "half"
+    compiler.write_text(
+        '#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "error: no space left" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(NativeError, match="no space left"):
+        library()
+    assert not list(forgotten.iterdir())
+
+
+def test_with_fewer_instructions(tmp_path):
+    """Torch can be told to take the processor for one without AVX-512."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "parity", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+def test_a_processor_without_the_instructions(forgotten, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(NativeError, match="the processor needs AVX512 or AVX2, and torch found DEFAULT"):
+        library()
+    assert not forgotten.exists()
+
+
+def test_sources_are_part_of_the_package():
+    folder = Path(kernel_warehouse.__file__).parent / "native"
+    assert {path.name for path in folder.iterdir()} >= {"convolution.cpp", "product.h"}
