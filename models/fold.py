@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .convert import remove_unused_warehouses_
 from .ops.kernel_warehouse import KWLayer, supports
 from .ops.kernel_warehouse.cost import FACTORS, folding_saves
+from .ops.kernel_warehouse.native import can_run
 
 
 @torch.no_grad()
@@ -40,13 +41,14 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
         raise ValueError("only a trained model can be folded: at temperature 0")
     width = (dtype or x.dtype).itemsize
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
+    native = can_run(x.device.type, dtype or x.dtype)
     gains = {}
     for name, positions in _positions(model, layers, x).items():
         layer = layers[name]
         if supports("streamed", layer.partition, layer.geometry):
             hidden = layer.attention.fc1.out_features
             sizes = hidden, len(layer.cells), len(x), positions, x.element_size()
-            saved = folding_saves(layer.partition, *sizes, factors)
+            saved = folding_saves(layer.partition, *sizes, factors, native)
             gains[name] = saved, (hidden + 1) * math.prod(layer.partition.kernel) * width
     left = math.inf if max_bytes is None else max_bytes
     for name, (saved, size) in sorted(gains.items(), key=lambda item: -item[1][0] / item[1][1]):

@@ -123,7 +123,14 @@ def costs(
 
 
 def folding_saves(
-    partition: Partition, hidden: int, num_cells: int, batch: int, positions: int, itemsize: int, factors: Factors
+    partition: Partition,
+    hidden: int,
+    num_cells: int,
+    batch: int,
+    positions: int,
+    itemsize: int,
+    factors: Factors,
+    native: bool = False,
 ) -> float:
     """What a sample of a batch costs less when attention and cells are folded (`folded`); negative where it is more.
 
@@ -137,9 +144,10 @@ def folding_saves(
         positions: P, output positions of a sample.
         itemsize: Bytes of a value.
         factors: Of the device.
+        native: Whether "native" can run.
     """
-    kernel = math.prod(partition.kernel)
-    now = min(costs(partition, num_cells, batch, positions, itemsize, factors).values())
-    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)["streamed"]
-    read_now, read_folded = num_cells * math.prod(partition.cell), (hidden + 1) * kernel
-    return now - folded + factors.read * (read_now - read_folded) / batch
+    now = costs(partition, num_cells, batch, positions, itemsize, factors)
+    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)["native" if native else "streamed"]
+    best = min(cost for name, cost in now.items() if native or name != "native")
+    read_now, read_folded = num_cells * math.prod(partition.cell), (hidden + 1) * math.prod(partition.kernel)
+    return best - folded + factors.read * (read_now - read_folded) / batch

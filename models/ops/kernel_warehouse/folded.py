@@ -17,6 +17,7 @@ from .applied import Workspace, multiply
 from .attention import EPSILON, Attention
 from .mixed_conv import computing_type, exporting
 from .mixing import mix_rows
+from .native import can_run, native_folded_conv
 from .partition import Partition
 from .streamed import empty_output, tiles
 
@@ -51,7 +52,10 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
         return dynamic_conv_from_geometry(x, kernels, None, geometry)
     hidden, scales = _hidden_and_scales(attention, x, partition)
     x = x.to(computing_type(x))
-    hidden, scales, x = hidden.to(x.dtype), scales.to(x.dtype), geometry.pad(x)
+    hidden, scales = hidden.to(x.dtype), scales.to(x.dtype)
+    if not torch.is_grad_enabled() and products.dtype == x.dtype and can_run(x.device.type, x.dtype):
+        return native_folded_conv(hidden, scales, products, x, partition, geometry)
+    x = geometry.pad(x)
     geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)
     kernel_size = partition.kernel[2:]
     cells = products.transpose(1, 2)  # (blocks, r + 1, cout, K): for each block, r + 1 cells that are whole kernels

@@ -19,7 +19,7 @@ from ..partition import Partition
 from ..streamed import empty_output, streamed_conv
 from .library import NativeError, library
 
-__all__ = ["NativeError", "can_run", "library", "native_conv"]
+__all__ = ["NativeError", "can_run", "library", "native_conv", "native_folded_conv"]
 
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -37,10 +37,33 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     x, padding = geometry.split_padding(x)
     *taps, blocks_out, blocks_in = partition.grid
     alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
-    missing = 3 - len(taps)  # an image is a volume of depth 1
+    return _NativeConv.apply(alpha, cells.to(x.dtype), x, _window(partition, geometry, padding))
+
+
+def native_folded_conv(
+    hidden: Tensor, scales: Tensor, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry
+) -> Tensor:
+    """The same with W[b] mixed from products of attention and cells (see `folded`); without a gradient.
+
+    Args:
+        hidden: [h; 1], (B, r + 1).
+        scales: s, (B, blocks of output channels, taps · input blocks).
+        products: G, (blocks of output channels, cout, r + 1, taps · input blocks · cin).
+        x: (B, Cin, *spatial), all of one type that `can_run`.
+        partition: How the kernel is cut.
+        geometry: The convolution's arguments.
+    """
+    x, padding = geometry.split_padding(x)
+    window = _window(partition, geometry, padding)
+    return _convolve_folded(scales.unsqueeze(3) * hidden[:, None, None], products, x, window)
+
+
+def _window(partition: Partition, geometry: Geometry, padding: Sequence[int]) -> list[int]:
+    """Kernel size, stride, padding and dilation of three dimensions: an image is a volume of depth 1."""
+    missing = 3 - len(padding)
     ones, zeros = [1] * missing, [0] * missing
-    window = [*ones, *taps, *ones, *geometry.stride, *zeros, *padding, *ones, *geometry.dilation]
-    return _NativeConv.apply(alpha, cells.to(x.dtype), x, window)
+    taps = partition.kernel[2:]
+    return [*ones, *taps, *ones, *geometry.stride, *zeros, *padding, *ones, *geometry.dilation]
 
 
 @torch.compiler.assume_constant_result
@@ -94,27 +117,35 @@ class _NativeConv(torch.autograd.Function):
 
 @torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
 def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    y = _output(alpha, cells, x, window)
+    y = _output(x, alpha.shape[1] * cells.shape[1], window)
     pixels = _pixels(y)
-    _call("convolve", alpha, cells, (_pixels(x), pixels), _problem(alpha, cells, x, y, window))
+    _call("convolve", alpha, cells.transpose(0, 1), (_pixels(x), pixels), _problem(alpha, x, y, window))
     return _from_pixels(pixels, y)
 
 
 @_convolve.register_fake
-def _output(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    dims = x.ndim - 2
-    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
-    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(x.shape[2:], taps)
-    if min(size) < 1:
-        raise ValueError(f"an input of {tuple(x.shape[2:])} is too small for a kernel of {tuple(taps)}")
-    return empty_output(x, alpha.shape[1] * cells.shape[1], size)[0]
+def _(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    return _output(x, alpha.shape[1] * cells.shape[1], window)
+
+
+@torch.library.custom_op("kernelwarehouse::native_folded_conv", mutates_args=())
+def _convolve_folded(alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    y = _output(x, products.shape[0] * products.shape[1], window)
+    pixels = _pixels(y)
+    _call("convolve", alpha, products, (_pixels(x), pixels), _problem(alpha, x, y, window, folded=True))
+    return _from_pixels(pixels, y)
+
+
+@_convolve_folded.register_fake
+def _(_alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    return _output(x, products.shape[0] * products.shape[1], window)
 
 
 @torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
 def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     grad_x = empty_output(x, x.shape[1], x.shape[2:])[0]
     pixels = _pixels(grad_x)
-    _call("gradient_of_x", alpha, cells, (_pixels(grad), pixels), _problem(alpha, cells, x, grad, window))
+    _call("gradient_of_x", alpha, cells.transpose(0, 1), (_pixels(grad), pixels), _problem(alpha, x, grad, window))
     return _from_pixels(pixels, grad_x)
 
 
@@ -127,12 +158,11 @@ def _(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequenc
 def _gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    problem = _problem(alpha, cells, x, grad, window)
     # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
     grad_alpha = alpha.new_zeros(torch.get_num_threads(), *alpha.shape[:3], math.ceil(len(cells) / 16) * 16)
     grad_cells = _like_cells(cells)
     operands = _pixels(x), _pixels(grad), grad_alpha, grad_cells.transpose(0, 1)
-    _call("gradients_of_mixing", alpha, cells, operands, problem)
+    _call("gradients_of_mixing", alpha, cells.transpose(0, 1), operands, _problem(alpha, x, grad, window))
     return grad_alpha.sum(0)[..., : len(cells)].contiguous(), grad_cells
 
 
@@ -155,25 +185,38 @@ def _from_pixels(pixels: Tensor, images: Tensor) -> Tensor:
     return images if pixels.data_ptr() == images.data_ptr() else images.copy_(pixels.movedim(-1, 1))
 
 
-def _problem(alpha: Tensor, cells: Tensor, x: Tensor, y: Tensor, window: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Sizes as `Problem` in convolution.cpp has them."""
-    blocks = alpha.shape[1], x.shape[1] // cells.shape[2]
-    return _sizes(len(x), *blocks, *cells.shape[:3], tuple(x.shape[2:]), tuple(y.shape[2:]), tuple(window))
+def _output(x: Tensor, channels: int, window: Sequence[int]) -> Tensor:
+    dims = x.ndim - 2
+    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
+    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(x.shape[2:], taps)
+    if min(size) < 1:
+        raise ValueError(f"an input of {tuple(x.shape[2:])} is too small for a kernel of {tuple(taps)}")
+    return empty_output(x, channels, size)[0]
+
+
+def _problem(
+    alpha: Tensor, x: Tensor, y: Tensor, window: Sequence[int], folded: bool = False
+) -> ctypes.Array[ctypes.c_int64]:
+    """Sizes as `Problem` in convolution.cpp has them; α (B, blocks of output channels, parts, n)."""
+    _, alpha_blocks, parts, n = alpha.shape
+    blocks_out, blocks_in = 1 if folded else alpha_blocks, parts // math.prod(window[:3])
+    counts = len(x), blocks_out, blocks_in, n, y.shape[1] // blocks_out, x.shape[1] // blocks_in
+    return _sizes(counts, tuple(x.shape[2:]), tuple(y.shape[2:]), tuple(window), alpha_blocks if folded else 0)
 
 
 @functools.lru_cache(1024)
-def _sizes(*sizes: int | tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    *scalars, inputs, outputs, window = sizes
+def _sizes(
+    counts: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], window: tuple[int, ...], folded: int
+) -> ctypes.Array[ctypes.c_int64]:
     if window == (1,) * 6 + (0,) * 3 + (1,) * 3:  # all pixels are alike
         inputs = outputs = (math.prod(outputs),)
     missing = (1,) * (3 - len(inputs))
-    values = [*scalars, *missing, *inputs, *missing, *outputs, *window]
+    values = [*counts, *missing, *inputs, *missing, *outputs, *window, folded]
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _call(function: str, alpha: Tensor, cells: Tensor, operands: Sequence[Tensor], problem: ctypes.Array) -> None:
-    rows = cells.transpose(0, 1).contiguous()
-    tensors = alpha.contiguous(), rows, *operands
+def _call(function: str, alpha: Tensor, rows: Tensor, operands: Sequence[Tensor], problem: ctypes.Array) -> None:
+    tensors = alpha.contiguous(), rows.contiguous(), *operands
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     run = getattr(library(), f"{function}_{_TYPES[alpha.dtype]}")
     run(problem, ctypes.c_int64(torch.get_num_threads()), *pointers)

@@ -23,6 +23,7 @@ constexpr Int PAD = 16;           // between kernels: at powers of two they woul
 struct Problem {
   Int batch, blocks_out, blocks_in, cells, cout, cin;
   Int input[3], output[3], taps[3], stride[3], padding[3], dilation[3];
+  Int folded;  // 0 where all mixtures share the cells; else each has its own, and α this many blocks of rows
 
   Int units() const { return batch * blocks_out; }
   Int parts() const { return taps[0] * taps[1] * taps[2] * blocks_in; }
@@ -85,10 +86,21 @@ struct Read {
 template <typename T>
 void mix(const Problem& p, const T* alpha, const T* cells, Int unit, Int count, Int row, Int rows, Int channel,
          Int channels, T* out, Int size) {
-  Left<T> a = {alpha + unit * p.parts() * p.cells, p.cells, 0, 1};
+  const Int parts = p.parts();
   for (Int r = 0; r < rows; r++) {
-    Right<T> b = {cells + (row + r) * p.cells * p.cin + channel, 0, p.cin};
-    multiply<T>(count * p.parts(), channels, 1, p.cells, a, b, out + r * channels, size, false);
+    const T* row_cells = cells + (row + r) * p.cells * p.cin * (p.folded ? parts : 1) + channel;
+    if (!p.folded) {
+      Left<T> a = {alpha + unit * parts * p.cells, p.cells, 0, 1};
+      multiply<T>(count * parts, channels, 1, p.cells, a, {row_cells, 0, p.cin}, out + r * channels, size, false);
+      continue;
+    }
+    const Int block = (row + r) * p.folded / p.cout;
+    for (Int part = 0; part < parts; part++) {
+      const T* first = alpha + ((unit * p.folded + block) * parts + part) * p.cells;
+      Left<T> a = {first, p.folded * parts * p.cells, 0, 1};
+      Right<T> b = {row_cells + part * p.cin, 0, parts * p.cin};
+      multiply<T>(count, channels, 1, p.cells, a, b, out + part * size + r * channels, parts * size, false);
+    }
   }
 }
 
