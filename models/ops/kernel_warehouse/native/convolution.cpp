@@ -17,6 +17,8 @@ namespace {
 
 constexpr Int CACHE = 512 << 10;  // bytes for a thread's kernels
 constexpr Int MIXTURES = 40;      // that a row of the cells is read for: it stays in the first-level cache meanwhile
+constexpr Int FEW = 16;           // mixtures that are faster than memory
+constexpr Int BLOCK = 16 << 10;   // bytes of cells that are asked for early
 constexpr Int PAD = 16;           // between kernels: at powers of two they would share few lines of the caches
 
 // Sizes of three dimensions; an image has one of 1 in front, a line two.
@@ -82,26 +84,36 @@ struct Read {
   }
 };
 
-// Kernels (count · parts, rows, channels) of some units.
+// Kernels (count · parts, rows, channels) of some units, `size` values apart. Where few mixtures are made of a cell, a
+// block of cells is asked for while the one before is mixed: strips of columns would ask for them too late.
 template <typename T>
-void mix(const Problem& p, const T* alpha, const T* cells, Int unit, Int count, Int row, Int rows, Int channel,
-         Int channels, T* out, Int size) {
+void mix_shared(const Problem& p, const T* alpha, const T* cells, Int unit, Int count, Int row, Int rows, Int channel,
+                Int channels, T* out, Int size) {
+  const Int mixtures = count * p.parts();
+  const Int block = std::min(p.cells, mixtures > FEW ? p.cells : std::max<Int>(BLOCK / Int(sizeof(T)) / channels, 16));
+  alpha += unit * p.parts() * p.cells;
+  for (Int r = row; r < row + rows; r++, out += channels)
+    for (Int cell = 0; cell < p.cells; cell += block) {
+      const Int depth = std::min(block, p.cells - cell);
+      const T *first = cells + (r * p.cells + cell) * p.cin + channel, *next = first + depth * p.cin;
+      for (Int i = 0; i < block; i++)
+        for (Int k = 0; k < channels; k += 64 / Int(sizeof(T))) __builtin_prefetch(next + i * p.cin + k, 0, 2);
+      multiply<T>(mixtures, channels, 1, depth, {alpha + cell, p.cells, 0, 1}, {first, 0, p.cin}, out, size, cell > 0);
+    }
+}
+
+// The same where each mixture has cells of its own.
+template <typename T>
+void mix_folded(const Problem& p, const T* alpha, const T* cells, Int unit, Int count, Int row, Int rows, Int channel,
+                Int channels, T* out, Int size) {
   const Int parts = p.parts();
-  for (Int r = 0; r < rows; r++) {
-    const T* row_cells = cells + (row + r) * p.cells * p.cin * (p.folded ? parts : 1) + channel;
-    if (!p.folded) {
-      Left<T> a = {alpha + unit * parts * p.cells, p.cells, 0, 1};
-      multiply<T>(count * parts, channels, 1, p.cells, a, {row_cells, 0, p.cin}, out + r * channels, size, false);
-      continue;
-    }
-    const Int block = (row + r) * p.folded / p.cout;
+  for (Int r = row; r < row + rows; r++, out += channels)
     for (Int part = 0; part < parts; part++) {
-      const T* first = alpha + ((unit * p.folded + block) * parts + part) * p.cells;
-      Left<T> a = {first, p.folded * parts * p.cells, 0, 1};
-      Right<T> b = {row_cells + part * p.cin, 0, parts * p.cin};
-      multiply<T>(count, channels, 1, p.cells, a, b, out + part * size + r * channels, parts * size, false);
+      const Int mixture = (unit * p.folded + r * p.folded / p.cout) * parts + part;
+      Left<T> a = {alpha + mixture * p.cells, p.folded * parts * p.cells, 0, 1};
+      Right<T> b = {cells + (r * p.cells * parts + part) * p.cin + channel, 0, parts * p.cin};
+      multiply<T>(count, channels, 1, p.cells, a, b, out + part * size, parts * size, false);
     }
-  }
 }
 
 template <typename T>
@@ -132,7 +144,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
             const Int turned_size = row_length * channels + PAD;
             for (Int first = units * unit_part / unit_parts; first < last_unit; first += together) {
               const Int count = std::min(together, last_unit - first);
-              mix<T>(p, alpha, cells, first, count, row, rows, channel, channels, mixed.data, size);
+              (p.folded ? mix_folded<T> : mix_shared<T>)(p, alpha, cells, first, count, row, rows, channel, channels,
+                                                         mixed.data, size);
               for (Int unit = first; unit < first + count; unit++) {
                 for (Int part = 0; part < parts; part++)
                   transpose<T>(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
@@ -183,14 +196,15 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const T* cells
           std::fill_n(block, channels, T(0));
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
-          mix<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel, channels,
-                 mixed.data, size);
+          mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
+                        channels, mixed.data, size);
           for (Int sample = first; sample < last; sample++)
             for (Int line = 0; line < lines; line++)
               for (Int tap = 0; tap < taps.count; tap++) {
                 Read read(p, taps[tap], line);
                 const T* received = grad + sample * p.image_out() + row;
-                Left<T> a = {received + (line * p.output[2] + read.first) * p.channels_out(), p.channels_out(), p.cout, 1};
+                const Int at = line * p.output[2] + read.first;
+                Left<T> a = {received + at * p.channels_out(), p.channels_out(), p.cout, 1};
                 for (Int block_in = 0; block_in < p.blocks_in; block_in++) {
                   const Int mixture = (sample - first) * mixtures + tap * p.blocks_in + block_in;
                   Right<T> b = {mixed.data + mixture * size, parts * size, channels};
@@ -237,7 +251,8 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
               Left<T> a = {received + (line * p.output[2] + read.first) * p.channels_out(), 1,
                            p.output[2] * p.channels_out(), p.channels_out()};
               Right<T> b = {in + read.at * p.channels_in(), p.stride[1] * p.input[2] * p.channels_in(), p.pixel_step()};
-              multiply<T>(rows, channels, tap.height.count, tap.width.count, a, b, kernels.data + i * size, channels, true);
+              multiply<T>(rows, channels, tap.height.count, tap.width.count, a, b, kernels.data + i * size, channels,
+                          true);
             }
           }
           const Int mixture = first * parts;

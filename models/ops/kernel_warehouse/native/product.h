@@ -20,7 +20,7 @@ constexpr Int REGISTER = 16, WIDE = 4, TALL = 6;
 constexpr Int REGISTER = 32, WIDE = 2, TALL = 6;
 #endif
 
-constexpr Int AHEAD = 8;  // rows of a right factor that are asked for early; cells come from far
+constexpr Int AHEAD = 16;  // rows of a right factor that are asked for early; cells come from far
 
 template <typename T>
 constexpr Int LANES = REGISTER / sizeof(T);
@@ -46,7 +46,8 @@ struct Right {
 };
 
 template <typename T, Int lanes, Int vectors, Int rows>
-inline __attribute__((always_inline)) void tile(Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+inline __attribute__((always_inline)) void tile(Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row,
+                                                bool add) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
@@ -115,8 +116,10 @@ inline void transpose_square(const float* const* rows, Int column, float* to, In
       v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 8] + column + c), 2);
       v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 12] + column + c), 3);
     }
-    __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
-    __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1])), high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+    __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+    __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+    __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
     _mm512_storeu_pd(to + c * to_row, _mm512_unpacklo_pd(low01, low23));
     _mm512_storeu_pd(to + (c + 1) * to_row, _mm512_unpackhi_pd(low01, low23));
     _mm512_storeu_pd(to + (c + 2) * to_row, _mm512_unpacklo_pd(high01, high23));
