@@ -118,7 +118,7 @@ class _NativeConv(torch.autograd.Function):
 @torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
 def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     y = _output(x, alpha.shape[1] * cells.shape[1], window)
-    pixels = _pixels(y)
+    pixels = _room_for_pixels(y)
     _call("convolve", alpha, cells.transpose(0, 1), (_pixels(x), pixels), _problem(alpha, x, y, window))
     return _from_pixels(pixels, y)
 
@@ -131,7 +131,7 @@ def _(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
 @torch.library.custom_op("kernelwarehouse::native_folded_conv", mutates_args=())
 def _convolve_folded(alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     y = _output(x, products.shape[0] * products.shape[1], window)
-    pixels = _pixels(y)
+    pixels = _room_for_pixels(y)
     _call("convolve", alpha, products, (_pixels(x), pixels), _problem(alpha, x, y, window, folded=True))
     return _from_pixels(pixels, y)
 
@@ -144,7 +144,7 @@ def _(_alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Ten
 @torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
 def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     grad_x = empty_output(x, x.shape[1], x.shape[2:])[0]
-    pixels = _pixels(grad_x)
+    pixels = _room_for_pixels(grad_x)
     _call("gradient_of_x", alpha, cells.transpose(0, 1), (_pixels(grad), pixels), _problem(alpha, x, grad, window))
     return _from_pixels(pixels, grad_x)
 
@@ -177,12 +177,31 @@ def _like_cells(cells: Tensor) -> Tensor:
 
 def _pixels(images: Tensor) -> Tensor:
     """(B, C, *spatial) → (B, *spatial, C), contiguous: the same memory if channels are last in it."""
-    return images.movedim(1, -1).contiguous()
+    view = images.movedim(1, -1)
+    if view.is_contiguous() or not images.is_contiguous():
+        return view.contiguous()
+    return _reorder(images.flatten(2), _room_for_pixels(images))
+
+
+def _room_for_pixels(images: Tensor) -> Tensor:
+    """The view of images with channels last, or uninitialised memory of its shape."""
+    view = images.movedim(1, -1)
+    return view if view.is_contiguous() else torch.empty_like(view, memory_format=torch.contiguous_format)
 
 
 def _from_pixels(pixels: Tensor, images: Tensor) -> Tensor:
-    """Fill images, of which `pixels` is the view or copy that `_pixels` gave."""
-    return images if pixels.data_ptr() == images.data_ptr() else images.copy_(pixels.movedim(-1, 1))
+    """Fill images, contiguous or with channels last, from `pixels`, which may be a view of them."""
+    if pixels.data_ptr() == images.data_ptr():
+        return images
+    return _reorder(pixels.flatten(1, -2), images)
+
+
+def _reorder(matrices: Tensor, out: Tensor) -> Tensor:
+    """Write the transposes of (B, rows, columns) into the memory of out."""
+    arguments = map(ctypes.c_int64, (torch.get_num_threads(), *matrices.shape))
+    pointers = ctypes.c_void_p(matrices.data_ptr()), ctypes.c_void_p(out.data_ptr())
+    getattr(library(), f"reorder_{_TYPES[out.dtype]}")(*arguments, *pointers)
+    return out
 
 
 def _output(x: Tensor, channels: int, window: Sequence[int]) -> Tensor:

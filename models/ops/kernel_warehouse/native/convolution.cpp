@@ -63,6 +63,9 @@ struct Tap {
       : depth(p, 0, tap / (p.taps[1] * p.taps[2])),
         height(p, 1, tap / p.taps[2] % p.taps[1]),
         width(p, 2, tap % p.taps[2]) {}
+  bool covers(const Problem& p) const {
+    return depth.count == p.output[0] && height.count == p.output[1] && width.count == p.output[2];
+  }
 };
 
 struct Taps {
@@ -128,6 +131,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
   const Int each = ceil_div(units, unit_parts), together = ceil_div(each, ceil_div(each * parts, MIXTURES));
   const Int fitting = CACHE / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
   const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
+  const bool complete = taps.count == 1 && taps[0].covers(p);  // nothing is to be added up over taps
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> mixed(together * parts * (most * depth + PAD)), turned(parts * (round_up(most) * depth + PAD));
@@ -149,19 +153,19 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
               for (Int unit = first; unit < first + count; unit++) {
                 for (Int part = 0; part < parts; part++)
                   transpose<T>(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
-                               turned.data + part * turned_size, row_length);
+                               turned.data + part * turned_size, row_length, row_length);
                 const T* in = x + unit / p.blocks_out * p.image_in() + channel;
                 T* out = y + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
                 for (Int line = lines * line_part / line_parts; line < last_line; line++) {
                   T* out_line = out + line * p.output[2] * p.channels_out();
-                  if (channel == 0)
+                  if (channel == 0 && !complete)
                     for (Int i = 0; i < p.output[2]; i++) std::fill_n(out_line + i * p.channels_out(), rows, T(0));
                   for (Int tap = 0; tap < taps.count; tap++) {
                     Read read(p, taps[tap], line);
                     Left<T> a = {in + read.at * p.channels_in(), p.pixel_step(), p.cin, 1};
                     Right<T> b = {turned.data + tap * p.blocks_in * turned_size, turned_size, row_length};
                     multiply<T>(read.count, rows, p.blocks_in, channels, a, b,
-                                out_line + read.first * p.channels_out(), p.channels_out(), true);
+                                out_line + read.first * p.channels_out(), p.channels_out(), channel > 0 || !complete);
                   }
                 }
               }
@@ -261,13 +265,26 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
             const Int at = (row + r) * p.cells * p.cin + channel;
             multiply<T>(p.cells, channels, 1, count * parts, {alpha + mixture * p.cells, 1, 0, p.cells},
                         {kernel, 0, size}, grad_cells + at, p.cin, first > 0);
-            transpose<T>(p.cells, channels, cells + at, p.cin, turned.data, padded);
+            transpose<T>(p.cells, channels, cells + at, p.cin, turned.data, padded, padded);
             multiply<T>(count * parts, padded, 1, channels, {kernel, size, 0, 1}, {turned.data, 0, padded},
                         own_alpha + mixture * padded, padded, true);
           }
         }
       }
   }
+}
+
+// (batch, rows, columns) to (batch, columns, rows): between channels first and channels last.
+template <typename T>
+void reorder(Int threads, Int batch, Int rows, Int columns, const T* from, T* to) {
+  const Int strip = 4 * ROUND, strips = ceil_div(rows, strip);
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
+  for (Int image = 0; image < batch; image++)
+    for (Int i = 0; i < strips; i++) {
+      const Int first = i * strip, offset = image * rows * columns;
+      transpose<T>(std::min(strip, rows - first), columns, from + offset + first * columns, columns,
+                   to + offset + first, rows, rows - first);
+    }
 }
 
 }  // namespace
@@ -283,6 +300,9 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
   extern "C" void gradients_of_mixing_##T(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, \
                                           const T* grad, T* grad_alpha, T* grad_cells) {                             \
     gradients_of_mixing<T>(p, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                               \
+  }                                                                                                                  \
+  extern "C" void reorder_##T(Int threads, Int batch, Int rows, Int columns, const T* from, T* to) {                 \
+    reorder<T>(threads, batch, rows, columns, from, to);                                                             \
   }
 EXPORT(float)
 EXPORT(double)

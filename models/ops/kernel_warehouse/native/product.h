@@ -100,6 +100,7 @@ void multiply(Int rows, Int columns, Int outer, Int inner, Left<T> a, Right<T> b
   }
   STRIP(LANES<T>, 2)
   STRIP(LANES<T>, 1)
+  if constexpr (LANES<T> > 8) STRIP(8, 1)
   if constexpr (LANES<T> > 4) STRIP(4, 1)
   STRIP(1, 1)
 #undef STRIP
@@ -128,17 +129,18 @@ inline void transpose_square(const float* const* rows, Int column, float* to, In
 }
 #endif
 
-// to (columns, rows), whose rows have room for a multiple of ROUND values; what lies there is undefined.
+// to (columns, rows). Of each row of it `room` values may be written, and are undefined from `rows` on.
 template <typename T>
-void transpose(Int rows, Int columns, const T* from, Int from_row, T* to, Int to_row) {
+void transpose(Int rows, Int columns, const T* from, Int from_row, T* to, Int to_row, Int room) {
   for (Int i = 0; i < rows; i += ROUND) {
     Int done = 0;
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-      const T* row[16];
-      for (Int k = 0; k < 16; k++) row[k] = from + std::min(i + k, rows - 1) * from_row;
-      for (; done + 16 <= columns; done += 16) transpose_square(row, done, to + done * to_row + i, to_row);
-    }
+    if constexpr (sizeof(T) == 4)
+      if (i + ROUND <= room) {
+        const T* row[ROUND];
+        for (Int k = 0; k < ROUND; k++) row[k] = from + std::min(i + k, rows - 1) * from_row;
+        for (; done + ROUND <= columns; done += ROUND) transpose_square(row, done, to + done * to_row + i, to_row);
+      }
 #endif
     for (; done < columns; done++)
       for (Int k = i; k < std::min(i + ROUND, rows); k++) to[done * to_row + k] = from[k * from_row + done];
