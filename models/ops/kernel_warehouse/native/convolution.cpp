@@ -123,11 +123,15 @@ template <typename T>
 void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, T* y) {
   const Taps taps(p);
   const Int parts = p.parts(), units = p.units(), lines = p.lines();
-  const Int most = WIDE * LANES<T>, row_parts = ceil_div(p.cout, most), wanted = 2 * threads;
+  const Int wanted = 2 * threads;
+  Int row_parts = ceil_div(p.cout, WIDE * LANES<T>);
   const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
   const Int room = std::max<Int>(lines * p.output[2] / (8 * p.cells), 1);
   const Int line_parts = std::min({lines, room, ceil_div(wanted, row_parts * unit_parts)});
+  if (row_parts * unit_parts * line_parts < threads)
+    row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
+  const Int most = ceil_div(p.cout, row_parts);
   const Int each = ceil_div(units, unit_parts), together = ceil_div(each, ceil_div(each * parts, MIXTURES));
   const Int fitting = CACHE / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
   const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
