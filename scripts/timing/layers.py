@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, KWLinear
-from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose, supports
+from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose, computing_type, supports
+from kernelwarehouse.models.ops.kernel_warehouse.native import can_run
 
 from .clock import HALF, arithmetic, autocast, measure
 from .results import table_head, table_row
@@ -35,6 +36,7 @@ class Layer:
         module: The first of them.
         x: Its input.
         y: Its output.
+        dtype: What it computes in.
         count: How many there are.
         seconds: Median by implementation, and of the static layer under "static".
     """
@@ -43,6 +45,7 @@ class Layer:
     module: KWLayer
     x: Tensor
     y: Tensor
+    dtype: torch.dtype
     count: int
     seconds: dict[str, float]
 
@@ -61,10 +64,12 @@ class Layer:
 
     def chosen(self) -> str:
         """The implementation that "auto" takes."""
-        return choose(self.module.partition, self.module.geometry, len(self.module.cells), self.images)
+        return choose(self.module.partition, self.module.geometry, len(self.module.cells), self.images.to(self.dtype))
 
     def can_try(self, name: str) -> bool:
         """Whether an implementation, or "folded", exists for the layer, and writes no more than `MOST_BYTES`."""
+        if name == "native" and not can_run(self.x.device.type, self.dtype):
+            return False
         partition, batch, n = self.module.partition, len(self.x), len(self.module.cells)
         kernel = math.prod(partition.kernel)
         written = {
@@ -84,7 +89,9 @@ def distinct_layers(net: nn.Module, x: Tensor, precision: str) -> list[Layer]:
     def note(module: KWLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
         (seen,) = args
         key = (type(module), seen.shape, seen.dtype, module.partition, module.geometry, len(module.cells))
-        layer = layers.setdefault(key, Layer(paths[module], module, seen.detach(), y.detach(), 0, {}))
+        layer = layers.setdefault(
+            key, Layer(paths[module], module, seen.detach(), y.detach(), computing_type(seen), 0, {})
+        )
         layer.count += 1
 
     handles = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, KWLayer)]

@@ -5,9 +5,9 @@ Costs are in multiply-adds of a large matrix product. The factors are measured, 
 (`scripts/benchmark.py --layers`).
 
 On a GPU none of them is measured. They are reasoned: a convolution with a group for every sample is slow there (by 10
-or more, as upstream's users report), a loop over samples is out of the question, and an A100 or an H100 makes about
-100 multiply-adds of a product in bf16 while it moves one byte, so that writing and reading one value costs 400, and
-putting it in order as much again. The fused convolution has not run on a GPU yet and is taken only by name.
+or more, as upstream's users report), and an A100 or an H100 makes about 100 multiply-adds of a product in bf16 while it
+moves one byte, so that writing and reading one value costs 400, and putting it in order as much again. The fused
+convolution has not run on a GPU yet and is taken only by name; the native one cannot.
 """
 
 import math
@@ -26,7 +26,7 @@ class Factors:
 
     Attributes:
         grouped: A multiply-add of a convolution with a group for every sample.
-        native: A multiply-add of our own kernels.
+        native: A multiply-add of the native convolution.
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
         column: Copying one value into the columns of streaming.

@@ -22,6 +22,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
 from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
+from .convolutions import needs_compiler
 from .layers import LAYERS, make, naive_forward
 from .parity import assert_parity
 
@@ -221,6 +222,7 @@ class TestCost:
         assert self.cheapest((256, 256, 3, 3), (256, 256, 1, 1), 47, 8, 196, without="native") == "kernels"
         assert self.cheapest((512, 512, 3, 3), (512, 512, 1, 1), 27, 8, 49, without="native") == "streamed"
 
+    @needs_compiler
     def test_only_what_can_compute_a_layer_is_chosen(self, monkeypatch):
         grouped = Geometry.of((3, 3), padding=1, groups=4)
         images = torch.empty(2, 16, 64, 64).to(memory_format=torch.channels_last)
@@ -234,6 +236,7 @@ class TestCost:
         assert choose(*large, images) == "kernels"
 
     @pytest.mark.slow
+    @needs_compiler
     @pytest.mark.parametrize(
         ("kernel", "cell", "cells", "batch", "side"),
         [
@@ -248,6 +251,7 @@ class TestCost:
         partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], padding=kernel[2] // 2)
         warehouse = Warehouses({"w": (cells, *cell)}).w.detach().normal_()
         alpha, x = torch.randn(batch, partition.mixtures, cells), torch.randn(batch, kernel[1], side, side)
+        x = x.to(memory_format=torch.channels_last)
         estimates = costs(partition, cells, batch, side**2, 4, FACTORS["cpu"])
         seconds = dict.fromkeys(estimates, float("inf"))
         with torch.inference_mode():

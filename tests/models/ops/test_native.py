@@ -15,7 +15,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, n
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.kernel_warehouse.native import NativeError, library
 
-from .convolutions import CONVOLUTIONS, convolution
+from .convolutions import CONVOLUTIONS, convolution, needs_compiler
 from .parity import assert_parity
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +49,7 @@ def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
     assert_parity(lambda: run("native"), lambda: run("grouped"), dict(zip(names, leaves, strict=True)), tolerance)
 
 
+@needs_compiler
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_parity(threads, name, count):
@@ -57,6 +58,7 @@ def test_parity(threads, name, count):
     assert_equal_to_grouped(*convolution(name))
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("kernel", "cell", "cells", "size", "batch"),
     [
@@ -79,6 +81,7 @@ def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch,
     assert_equal_to_grouped(partition, geometry, leaves, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@needs_compiler
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_same_digits_every_time(threads, memory_format):
     """Sums are shared among threads in a fixed way."""
@@ -94,6 +97,7 @@ def test_same_digits_every_time(threads, memory_format):
         assert all(map(torch.equal, first, gradients))
 
 
+@needs_compiler
 def test_operators_are_well_formed():
     partition, geometry, (alpha, cells, x) = convolution("unequal")
     x = x.detach().to(memory_format=torch.channels_last)
@@ -110,12 +114,14 @@ def test_operators_are_well_formed():
         torch.library.opcheck(operator, operands)
 
 
+@needs_compiler
 def test_input_smaller_than_the_kernel():
     partition, geometry, (alpha, cells, x) = convolution("stride")
     with pytest.raises(ValueError, match=r"an input of \(2, 5\) is too small for a kernel of \(3, 3\)"):
         mixed_conv(alpha, cells, x[:, :, :2], partition, geometry, "native")
 
 
+@needs_compiler
 def test_auto_takes_it_where_it_can_run():
     partition, geometry = Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1)
     x = torch.empty(8, 64, 14, 14).to(memory_format=torch.channels_last)
@@ -124,6 +130,7 @@ def test_auto_takes_it_where_it_can_run():
     assert choose(partition, geometry, 27, x.to("meta")) != "native"
 
 
+@needs_compiler
 def test_it_is_compiled_once(forgotten):
     library()
     (compiled,) = forgotten.iterdir()
@@ -134,6 +141,7 @@ def test_it_is_compiled_once(forgotten):
     assert compiled.stat().st_mtime_ns == changed
 
 
+@needs_compiler
 def test_a_folder_that_cannot_be_written(forgotten):
     forgotten.write_text("in the way")
     assert_equal_to_grouped(*convolution("padding"))
@@ -178,6 +186,7 @@ def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatc
     assert not list(forgotten.iterdir())
 
 
+@needs_compiler
 def test_with_fewer_instructions(tmp_path):
     """Torch can be told to take the processor for one without AVX-512."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
