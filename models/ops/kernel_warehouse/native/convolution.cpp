@@ -119,11 +119,34 @@ void mix_folded(const Problem& p, const T* alpha, const T* cells, Int unit, Int 
     }
 }
 
+// Which lines of which outputs a thread computes at a time: `rows` output channels, from inputs of `channels`.
+struct Piece {
+  Int first_line, last_line, rows, channels;
+};
+
+// Add to the outputs of one sample what kernels (parts, channels, row_length), `size` values apart, make of its input.
+template <typename T>
+void apply(const Problem& p, const Taps& taps, const Piece& piece, const T* kernels, Int size, Int row_length,
+           const T* x, T* y, bool first) {
+  const bool complete = taps.count == 1 && taps[0].covers(p);  // then nothing is added up over taps
+  for (Int line = piece.first_line; line < piece.last_line; line++) {
+    T* out = y + line * p.output[2] * p.channels_out();
+    if (first && !complete)
+      for (Int i = 0; i < p.output[2]; i++) std::fill_n(out + i * p.channels_out(), piece.rows, T(0));
+    for (Int tap = 0; tap < taps.count; tap++) {
+      Read read(p, taps[tap], line);
+      Left<T> a = {x + read.at * p.channels_in(), p.pixel_step(), p.cin, 1};
+      Right<T> b = {kernels + tap * p.blocks_in * size, size, row_length};
+      multiply<T>(read.count, piece.rows, p.blocks_in, piece.channels, a, b, out + read.first * p.channels_out(),
+                  p.channels_out(), !first || !complete);
+    }
+  }
+}
+
 template <typename T>
 void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, T* y) {
   const Taps taps(p);
-  const Int parts = p.parts(), units = p.units(), lines = p.lines();
-  const Int wanted = 2 * threads;
+  const Int parts = p.parts(), units = p.units(), lines = p.lines(), wanted = 2 * threads;
   Int row_parts = ceil_div(p.cout, WIDE * LANES<T>);
   const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
@@ -132,10 +155,12 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
   if (row_parts * unit_parts * line_parts < threads)
     row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
   const Int most = ceil_div(p.cout, row_parts);
-  const Int each = ceil_div(units, unit_parts), together = ceil_div(each, ceil_div(each * parts, MIXTURES));
+  // Of folded cells a row is read for one part of each sample only.
+  const Int each = ceil_div(units, unit_parts), mixtures = p.folded ? 2 * MIXTURES : MIXTURES;
+  const Int together = ceil_div(each, ceil_div(each * parts, mixtures));
   const Int fitting = CACHE / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
   const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
-  const bool complete = taps.count == 1 && taps[0].covers(p);  // nothing is to be added up over taps
+  const auto mix = p.folded ? mix_folded<T> : mix_shared<T>;
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> mixed(together * parts * (most * depth + PAD)), turned(parts * (round_up(most) * depth + PAD));
@@ -144,34 +169,21 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
       for (Int unit_part = 0; unit_part < unit_parts; unit_part++)
         for (Int line_part = 0; line_part < line_parts; line_part++) {
           const Int row = p.cout * row_part / row_parts, rows = p.cout * (row_part + 1) / row_parts - row;
-          const Int row_length = round_up(rows);
-          const Int last_unit = units * (unit_part + 1) / unit_parts;
-          const Int last_line = lines * (line_part + 1) / line_parts;
+          const Int row_length = round_up(rows), last = units * (unit_part + 1) / unit_parts;
           for (Int channel = 0; channel < p.cin; channel += depth) {
-            const Int channels = std::min(depth, p.cin - channel), size = rows * channels + PAD;
-            const Int turned_size = row_length * channels + PAD;
-            for (Int first = units * unit_part / unit_parts; first < last_unit; first += together) {
-              const Int count = std::min(together, last_unit - first);
-              (p.folded ? mix_folded<T> : mix_shared<T>)(p, alpha, cells, first, count, row, rows, channel, channels,
-                                                         mixed.data, size);
+            const Int channels = std::min(depth, p.cin - channel);
+            const Int size = rows * channels + PAD, turned_size = row_length * channels + PAD;
+            const Piece piece = {lines * line_part / line_parts, lines * (line_part + 1) / line_parts, rows, channels};
+            for (Int first = units * unit_part / unit_parts; first < last; first += together) {
+              const Int count = std::min(together, last - first);
+              mix(p, alpha, cells, first, count, row, rows, channel, channels, mixed.data, size);
               for (Int unit = first; unit < first + count; unit++) {
                 for (Int part = 0; part < parts; part++)
                   transpose<T>(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
                                turned.data + part * turned_size, row_length, row_length);
-                const T* in = x + unit / p.blocks_out * p.image_in() + channel;
-                T* out = y + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
-                for (Int line = lines * line_part / line_parts; line < last_line; line++) {
-                  T* out_line = out + line * p.output[2] * p.channels_out();
-                  if (channel == 0 && !complete)
-                    for (Int i = 0; i < p.output[2]; i++) std::fill_n(out_line + i * p.channels_out(), rows, T(0));
-                  for (Int tap = 0; tap < taps.count; tap++) {
-                    Read read(p, taps[tap], line);
-                    Left<T> a = {in + read.at * p.channels_in(), p.pixel_step(), p.cin, 1};
-                    Right<T> b = {turned.data + tap * p.blocks_in * turned_size, turned_size, row_length};
-                    multiply<T>(read.count, rows, p.blocks_in, channels, a, b,
-                                out_line + read.first * p.channels_out(), p.channels_out(), channel > 0 || !complete);
-                  }
-                }
+                const Int sample = unit / p.blocks_out, block = unit % p.blocks_out;
+                apply<T>(p, taps, piece, turned.data, turned_size, row_length, x + sample * p.image_in() + channel,
+                         y + sample * p.image_out() + block * p.cout + row, channel == 0);
               }
             }
           }
@@ -231,7 +243,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
   const Taps taps(p);
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
   const Int channel_parts = ceil_div(p.cin, WIDE * LANES<T>), width = ceil_div(p.cin, channel_parts);
-  const Int row_parts = std::max(ceil_div(p.cout, 3 * TALL), std::min(p.cout, ceil_div(2 * threads, channel_parts)));
+  const Int row_parts = std::max(ceil_div(p.cout, 3 * TALL), std::min(p.cout, ceil_div(threads, channel_parts)));
   const Int together = ceil_div(units, ceil_div(units * parts, MIXTURES)), depth = ceil_div(p.cout, row_parts);
 #pragma omp parallel num_threads(threads)
   {
