@@ -6,7 +6,7 @@ from torch import nn
 
 from kernelwarehouse import build_model, fold_, set_temperature
 from kernelwarehouse.models import warehouse_users
-from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, streamed
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, folded, streamed
 
 from .ops.layers import LAYERS, make
 
@@ -22,15 +22,19 @@ def randomise(net):
 
 
 @pytest.mark.parametrize("tile", [1, 1 << 20])
+@pytest.mark.parametrize("way", ["with a gradient", "streamed", "native"])
 @pytest.mark.parametrize("case", FOLDABLE)
-def test_parity(monkeypatch, case, tile):
+def test_parity(monkeypatch, case, way, tile):
+    if way == "streamed":
+        monkeypatch.setattr(folded, "can_run", lambda *_: False)
     monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
     monkeypatch.setattr(streamed, "_TILE_CHANNELS", 1)
     layer, _, x = make(case)
     layer.eval()
     expected, kernels = layer(x), None if case.startswith("linear") else layer.kernels(x)
     layer.fold()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    with torch.set_grad_enabled(way == "with a gradient"):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     if kernels is not None:
         torch.testing.assert_close(layer.kernels(x), kernels, rtol=1e-10, atol=1e-10)
 

@@ -110,6 +110,7 @@ def test_operators_are_well_formed():
         (native._convolve, arguments),
         (native._gradient_of_x, (torch.randn_like(y), *arguments)),
         (native._gradients_of_mixing, (torch.randn_like(y), *arguments)),
+        (native._convolve_folded, (alpha, torch.randn(2, 3, 5, 36).double(), x, window)),
     ):
         torch.library.opcheck(operator, operands)
 
