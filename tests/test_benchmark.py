@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer
+from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, native
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MODEL = "quickstart/kw1x_resnet18"
@@ -232,6 +232,8 @@ def test_layers_are_timed_by_every_implementation(benchmark, monkeypatch, capsys
     *layers, total = rows
     assert sum(int(row["count"]) for row in layers) == 18 == int(total["count"])
     names = ["static", "grouped", "kernels", "streamed", "inputs"]
+    if native.can_run("cpu", torch.float32):
+        names.append("native")
     for row in layers:
         assert all(float(row[name]) > 0 for name in names)
         assert row["auto"] in names[1:]

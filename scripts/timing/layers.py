@@ -74,6 +74,7 @@ class Layer:
         kernel = math.prod(partition.kernel)
         written = {
             "streamed": 0,
+            "native": 0,
             "folded": (self.module.attention.fc1.out_features + 1) * kernel,
             "inputs": batch * partition.grid[-2] * n * math.prod(partition.cell[1:]) * self.positions,
         }.get(name, batch * kernel)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,30 +30,36 @@ class NativeError(RuntimeError):
 def library() -> ctypes.CDLL:
     """Load the library, and compile it first if no process of this machine and user did.
 
-    It is kept in `TORCH_EXTENSIONS_DIR`, by default ~/.cache/torch_extensions, under a name made from all that it
-    depends on. The compiler is `CXX`, by default g++.
+    It is kept in `TORCH_EXTENSIONS_DIR`, by default ~/.cache/torch_extensions, under a name made from its sources and
+    how they are compiled. The compiler is `CXX`, by default g++.
 
     Raises:
         NativeError: A processor without the instructions, no compiler, or one that fails.
     """
-    command = [os.environ.get("CXX") or "g++", *_FLAGS, *_instructions(), str(_SOURCES[0])]
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *_FLAGS, *_instructions(), str(_SOURCES[0])]
     key = hashlib.sha256("\0".join(command[:-1]).encode())
     for source in _SOURCES:
         key.update(source.read_bytes())
     name = f"native_{key.hexdigest()[:16]}.so"
+    folder = _folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            _compile(command, Path(temporary) / name)
+            return _load(Path(temporary) / name)
+    if not (folder / name).exists():
+        _compile(command, folder / name)
+    return _load(folder / name)
+
+
+def _folder() -> Path | None:
+    """Where libraries are kept, or None if nothing can be kept there."""
     try:
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
         folder = folder / "kernelwarehouse"
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            _compile(command, folder / name)
-        return _load(folder / name)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, NativeError):
-            raise
-    with tempfile.TemporaryDirectory() as folder:  # nothing can be kept here
-        _compile(command, Path(folder) / name)
-        return _load(Path(folder) / name)
+    except (OSError, RuntimeError):  # the latter where there is no home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _instructions() -> list[str]:
