@@ -44,7 +44,7 @@ def test_wheel_holds_every_module_and_configuration(wheel):
     expected = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in FOLDERS.items()
-        for suffix in ("*.py", "*.json")
+        for suffix in ("*.py", "*.json", "*.cpp", "*.h")
         for path in (ROOT / folder).rglob(suffix)
     }
     assert expected - packed == set()

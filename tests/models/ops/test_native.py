@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernelwarehouse.models.ops import kernel_warehouse
 from kernelwarehouse.models.ops.dynamic_conv import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
@@ -203,8 +202,3 @@ def test_a_processor_without_the_instructions(forgotten, monkeypatch):
     with pytest.raises(NativeError, match="the processor needs AVX512 or AVX2, and torch found DEFAULT"):
         library()
     assert not forgotten.exists()
-
-
-def test_sources_are_part_of_the_package():
-    folder = Path(kernel_warehouse.__file__).parent / "native"
-    assert {path.name for path in folder.iterdir()} >= {"convolution.cpp", "product.h"}
