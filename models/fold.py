@@ -41,14 +41,15 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
         raise ValueError("only a trained model can be folded: at temperature 0")
     width = (dtype or x.dtype).itemsize
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
-    native = can_run(x.device.type, dtype or x.dtype)
+    native = can_run(x.device.type, x.dtype)
+    folded_native = native and dtype in (None, x.dtype)
     gains = {}
     for name, positions in _positions(model, layers, x).items():
         layer = layers[name]
         if supports("streamed", layer.partition, layer.geometry):
             hidden = layer.attention.fc1.out_features
             sizes = hidden, len(layer.cells), len(x), positions, x.element_size()
-            saved = folding_saves(layer.partition, *sizes, factors, native)
+            saved = folding_saves(layer.partition, *sizes, factors, native, folded_native)
             gains[name] = saved, (hidden + 1) * math.prod(layer.partition.kernel) * width
     left = math.inf if max_bytes is None else max_bytes
     for name, (saved, size) in sorted(gains.items(), key=lambda item: -item[1][0] / item[1][1]):

@@ -131,6 +131,7 @@ def folding_saves(
     itemsize: int,
     factors: Factors,
     native: bool = False,
+    folded_native: bool = False,
 ) -> float:
     """What a sample of a batch costs less when attention and cells are folded (`folded`); negative where it is more.
 
@@ -145,9 +146,12 @@ def folding_saves(
         itemsize: Bytes of a value.
         factors: Of the device.
         native: Whether "native" can run.
+        folded_native: Whether it can with the products, whose type may be another.
     """
     now = costs(partition, num_cells, batch, positions, itemsize, factors)
-    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)["native" if native else "streamed"]
+    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)[
+        "native" if folded_native else "streamed"
+    ]
     best = min(cost for name, cost in now.items() if native or name != "native")
     read_now, read_folded = num_cells * math.prod(partition.cell), (hidden + 1) * math.prod(partition.kernel)
     return best - folded + factors.read * (read_now - read_folded) / batch

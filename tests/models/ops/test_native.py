@@ -66,8 +66,9 @@ def test_parity(threads, name, count):
         ((6, 5, 1, 1), (2, 5, 1, 1), 50, (3, 1), 61),  # samples in many groups
         ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # one sample, whose lines are shared out
         ((4, 6, 2, 3, 2), (2, 3, 1, 1, 1), 9, (4, 5, 3), 2),  # a volume
+        ((4, 6, 3, 3, 3), (2, 3, 1, 1, 1), 9, (1, 1, 1), 2),  # most taps read nothing
     ],
-    ids=["parts", "taps", "samples", "lines", "volume"],
+    ids=["parts", "taps", "samples", "lines", "volume", "voxel"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch, dtype):
@@ -104,12 +105,13 @@ def test_operators_are_well_formed():
     window = [1, 3, 3, 1, 2, 1, 0, 0, 2, 1, 1, 2]
     arguments = alpha, cells.detach(), x, window
     y = mixed_conv(*convolution("unequal")[2], partition, geometry, "native")
-    torch.testing.assert_close(native._convolve(*arguments), y)
+    convolved = alpha, cells.detach().transpose(0, 1), x, window, False
+    torch.testing.assert_close(native._convolve(*convolved), y)
     for operator, operands in (
-        (native._convolve, arguments),
+        (native._convolve, convolved),
         (native._gradient_of_x, (torch.randn_like(y), *arguments)),
         (native._gradients_of_mixing, (torch.randn_like(y), *arguments)),
-        (native._convolve_folded, (alpha, torch.randn(2, 3, 5, 36).double(), x, window)),
+        (native._convolve, (alpha, torch.randn(6, 5, 36).double(), x, window, True)),
     ):
         torch.library.opcheck(operator, operands)
 

@@ -54,8 +54,8 @@ def native_folded_conv(
         geometry: The convolution's arguments.
     """
     x, padding = geometry.split_padding(x)
-    window = _window(partition, geometry, padding)
-    return _convolve_folded(scales.unsqueeze(3) * hidden[:, None, None], products, x, window)
+    alpha = scales.unsqueeze(3) * hidden[:, None, None]
+    return _convolve(alpha, products.flatten(0, 1), x, _window(partition, geometry, padding), True)
 
 
 def _window(partition: Partition, geometry: Geometry, padding: Sequence[int]) -> list[int]:
@@ -100,7 +100,7 @@ class _NativeConv(torch.autograd.Function):
     def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
         ctx.save_for_backward(alpha, cells, x)
         ctx.window = window
-        return _convolve(alpha, cells, x, window)
+        return _convolve(alpha, cells.transpose(0, 1), x, window, False)
 
     @staticmethod
     @once_differentiable
@@ -116,29 +116,22 @@ class _NativeConv(torch.autograd.Function):
 
 
 @torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
-def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    y = _output(x, alpha.shape[1] * cells.shape[1], window)
+def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+    """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin)."""
+    y = _output(alpha, rows, x, window, folded)
     pixels = _room_for_pixels(y)
-    _call("convolve", alpha, cells.transpose(0, 1), (_pixels(x), pixels), _problem(alpha, x, y, window))
+    _call("convolve", alpha, rows, (_pixels(x), pixels), _problem(alpha, x, y, window, folded))
     return _from_pixels(pixels, y)
 
 
 @_convolve.register_fake
-def _(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    return _output(x, alpha.shape[1] * cells.shape[1], window)
-
-
-@torch.library.custom_op("kernelwarehouse::native_folded_conv", mutates_args=())
-def _convolve_folded(alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    y = _output(x, products.shape[0] * products.shape[1], window)
-    pixels = _room_for_pixels(y)
-    _call("convolve", alpha, products, (_pixels(x), pixels), _problem(alpha, x, y, window, folded=True))
-    return _from_pixels(pixels, y)
-
-
-@_convolve_folded.register_fake
-def _(_alpha: Tensor, products: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    return _output(x, products.shape[0] * products.shape[1], window)
+def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+    dims = x.ndim - 2
+    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
+    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(x.shape[2:], taps)
+    if min(size) < 1:
+        raise ValueError(f"an input of {tuple(x.shape[2:])} is too small for a kernel of {tuple(taps)}")
+    return empty_output(x, len(rows) * (1 if folded else alpha.shape[1]), size)[0]
 
 
 @torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
@@ -202,15 +195,6 @@ def _reorder(matrices: Tensor, out: Tensor) -> Tensor:
     pointers = ctypes.c_void_p(matrices.data_ptr()), ctypes.c_void_p(out.data_ptr())
     getattr(library(), f"reorder_{_TYPES[out.dtype]}")(*arguments, *pointers)
     return out
-
-
-def _output(x: Tensor, channels: int, window: Sequence[int]) -> Tensor:
-    dims = x.ndim - 2
-    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
-    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(x.shape[2:], taps)
-    if min(size) < 1:
-        raise ValueError(f"an input of {tuple(x.shape[2:])} is too small for a kernel of {tuple(taps)}")
-    return empty_output(x, channels, size)[0]
 
 
 def _problem(

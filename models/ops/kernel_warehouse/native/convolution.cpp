@@ -259,20 +259,19 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
         const Int channels = p.cin * (channel_part + 1) / channel_parts - channel, size = rows * channels + PAD;
         for (Int first = 0; first < units; first += together) {
           const Int count = std::min(together, units - first);
-          std::fill_n(kernels.data, count * parts * size, T(0));
           for (Int i = 0; i < count * parts; i++) {
             const Int unit = first + i / parts, part = i % parts;
             const Tap& tap = taps[part / p.blocks_in];
             const T* in = x + unit / p.blocks_out * p.image_in() + part % p.blocks_in * p.cin + channel;
             const T* received = grad + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
-            for (Int d = 0; d < tap.depth.count; d++) {
+            for (Int d = 0; d < std::max<Int>(tap.depth.count, 1); d++) {  // a sum of nothing is 0 as well
               const Int line = (tap.depth.first + d) * p.output[1] + tap.height.first;
               Read read(p, tap, line);
               Left<T> a = {received + (line * p.output[2] + read.first) * p.channels_out(), 1,
                            p.output[2] * p.channels_out(), p.channels_out()};
               Right<T> b = {in + read.at * p.channels_in(), p.stride[1] * p.input[2] * p.channels_in(), p.pixel_step()};
-              multiply<T>(rows, channels, tap.height.count, tap.width.count, a, b, kernels.data + i * size, channels,
-                          true);
+              multiply<T>(rows, channels, tap.depth.count ? tap.height.count : 0, tap.width.count, a, b,
+                          kernels.data + i * size, channels, d > 0);
             }
           }
           const Int mixture = first * parts;
