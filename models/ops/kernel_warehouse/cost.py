@@ -149,9 +149,8 @@ def folding_saves(
         folded_native: Whether it can with the products, whose type may be another.
     """
     now = costs(partition, num_cells, batch, positions, itemsize, factors)
-    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)[
-        "native" if folded_native else "streamed"
-    ]
+    way = "native" if folded_native else "streamed"
+    folded = costs(partition, hidden + 1, batch, positions, itemsize, factors)[way]
     best = min(cost for name, cost in now.items() if native or name != "native")
     read_now, read_folded = num_cells * math.prod(partition.cell), (hidden + 1) * math.prod(partition.kernel)
     return best - folded + factors.read * (read_now - read_folded) / batch

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dynamic_conv import Geometry, even_part
-from .mixing import mix_rows
+from .mixing import by_output_blocks, mix_rows
 from .partition import Partition
 from .streamed import empty_output, streamed_conv
 
@@ -38,8 +38,7 @@ def fused_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, ge
     if len(geometry.stride) > 2 or not can_run(x.device.type, warn=True):
         return streamed_conv(alpha, cells, x, partition, geometry)
     x, padding = geometry.split_padding(x)
-    *taps, blocks_out, blocks_in = partition.grid
-    alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
+    taps, alpha = partition.kernel[2:], by_output_blocks(alpha, partition)
     if x.ndim == 4:
         return _FusedConv.apply(alpha, cells, x, (*taps, *geometry.stride, *padding, *geometry.dilation))
     window = (1, *taps, 1, *geometry.stride, 0, *padding, 1, *geometry.dilation)

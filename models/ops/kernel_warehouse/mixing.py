@@ -1,6 +1,7 @@
 """Kernels from coefficients and cells, w_i = Σ_j α_ij e_j (paper, equation 3), and the inverse of assembling them."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ def mix_rows(attention: Tensor, cells: Tensor, out: Tensor | None = None) -> Ten
     if rows.shape[2] == 1:
         return torch.mm(rows.squeeze(2), attention.t(), out=None if out is None else out.squeeze(2)).unsqueeze(2)
     return torch.bmm(attention.expand(len(rows), -1, -1), rows, out=out)
+
+
+def by_output_blocks(attention: Tensor, partition: Partition) -> Tensor:
+    """α (B, m, n) as (B, blocks of output channels, positions of the kernel · blocks of input channels, n)."""
+    *spatial, blocks_out, blocks_in = partition.grid
+    split = attention.unflatten(1, (math.prod(spatial), blocks_out, blocks_in))
+    return split.transpose(1, 2).flatten(2, 3)
 
 
 def cut(kernel: Tensor, partition: Partition) -> Tensor:

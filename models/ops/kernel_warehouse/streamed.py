@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dynamic_conv import Geometry, even_part
 from .applied import Columns, Workspace
-from .mixing import mix_rows
+from .mixing import by_output_blocks, mix_rows
 from .partition import Partition
 
 # Bytes of a tile's kernels. On a CPU they should share the last-level cache with the cells' rows and the columns.
@@ -38,9 +38,8 @@ def streamed_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition,
     """
     x, padding = geometry.split_padding(x)
     geometry = Geometry(geometry.stride, tuple((p, p) for p in padding), geometry.dilation, geometry.groups)
-    *taps, blocks_out, blocks_in = partition.grid
-    alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
-    return _StreamedConv.apply(alpha, cells, x, tuple(taps), geometry)
+    alpha = by_output_blocks(alpha, partition)
+    return _StreamedConv.apply(alpha, cells, x, partition.kernel[2:], geometry)
 
 
 class _StreamedConv(torch.autograd.Function):

@@ -19,7 +19,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     set_temperature,
     streamed,
 )
-from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
+from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs, folding_saves
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .convolutions import needs_compiler
@@ -217,6 +217,12 @@ class TestCost:
         assert self.cheapest((64, 64, 3, 3), (64, 64, 1, 1), 56, 8, 3136) == "native"
         assert self.cheapest((256, 256, 3, 3), (256, 256, 1, 1), 47, 8, 196) == "native"
         assert self.cheapest((512, 512, 3, 3), (512, 512, 1, 1), 27, 64, 1) == "inputs"
+
+    def test_folding_saves_less_where_only_the_folded_layer_cannot_be_native(self):
+        layer = Partition((256, 256, 3, 3), (256, 256, 1, 1)), 16, 552, 8, 196, 4, FACTORS["cpu"]
+        saved = folding_saves(*layer, native=True, folded_native=True)
+        assert saved > folding_saves(*layer, native=True, folded_native=False)
+        assert saved > 0
 
     def test_without_native_large_maps_are_convolved_and_small_maps_multiplied(self):
         assert self.cheapest((256, 256, 3, 3), (256, 256, 1, 1), 47, 8, 196, without="native") == "kernels"

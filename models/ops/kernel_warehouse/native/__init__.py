@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...dynamic_conv import Geometry
+from ..mixing import by_output_blocks
 from ..partition import Partition
 from ..streamed import empty_output, streamed_conv
 from .library import NativeError, library
@@ -35,8 +36,7 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     if not can_run(x.device.type, x.dtype, warn=True):
         return streamed_conv(alpha, cells, x, partition, geometry)
     x, padding = geometry.split_padding(x)
-    *taps, blocks_out, blocks_in = partition.grid
-    alpha = alpha.unflatten(1, (math.prod(taps), blocks_out, blocks_in)).transpose(1, 2).flatten(2, 3)
+    alpha = by_output_blocks(alpha, partition)
     return _NativeConv.apply(alpha, cells.to(x.dtype), x, _window(partition, geometry, padding))
 
 
