@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .convert import remove_unused_warehouses_
 from .ops.kernel_warehouse import KWLayer, supports
 from .ops.kernel_warehouse.cost import FACTORS, folding_saves
-from .ops.kernel_warehouse.native import can_run
+from .ops.native import can_run
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, KWLinear
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose, computing_type, supports
-from kernelwarehouse.models.ops.kernel_warehouse.native import can_run
+from kernelwarehouse.models.ops.native import can_run
 
 from .clock import HALF, arithmetic, autocast, measure
 from .results import table_head, table_row

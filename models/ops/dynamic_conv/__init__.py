@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry, Padding, check_operands
+from ..native import can_run
 from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
 from .columns import columns, columns_adjoint, even_part, parts_of, windows
-from .geometry import Geometry, Padding, check_operands
+from .depthwise import depthwise_dynamic_conv, is_depthwise
 from .naive import CONV, naive_dynamic_conv
 
 __all__ = [
     "CONV",
     "IMPLEMENTATIONS",
-    "Geometry",
     "columns",
     "columns_adjoint",
     "dynamic_conv",
@@ -28,6 +29,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
     "grouped": grouped_dynamic_conv,
     "taps": taps_dynamic_conv,
     "unfold": unfold_dynamic_conv,
+    "depthwise": depthwise_dynamic_conv,
 }
 
 
@@ -72,7 +74,7 @@ def dynamic_conv_from_geometry(
     """`dynamic_conv` for arguments that were normalised before."""
     check_operands(x, weight, geometry)
     if implementation == "auto":
-        implementation = _choose(weight)
+        implementation = _choose(x, weight, geometry)
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be auto, {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
     y = IMPLEMENTATIONS[implementation](x, weight, geometry)
@@ -81,8 +83,10 @@ def dynamic_conv_from_geometry(
     return y + bias.to(y.dtype).reshape(-1, weight.shape[1], *(1,) * (x.ndim - 2))
 
 
-def _choose(weight: Tensor) -> str:
+def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """A grouped convolution needs its number of groups, and so the batch, to be known when a graph is made."""
     if torch.compiler.is_exporting():
         return "unfold"  # its graph does not grow with the kernel, but TorchScript's exporter refuses Tensor.unfold
-    return "taps" if torch.jit.is_tracing() or weight.shape[3:].numel() == 1 else "grouped"
+    if torch.jit.is_tracing() or weight.shape[3:].numel() == 1:
+        return "taps"
+    return "depthwise" if is_depthwise(weight, geometry) and can_run(x.device.type, x.dtype) else "grouped"

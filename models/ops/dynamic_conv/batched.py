@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..geometry import Geometry
 from .columns import taps, windows
-from .geometry import Geometry
 from .naive import CONV
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry
+from ..geometry import Geometry
 
 
 def windows(x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Geometry
+from ..geometry import Geometry
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dynamic_conv import Geometry, columns, columns_adjoint, parts_of
+from ..dynamic_conv import columns, columns_adjoint, parts_of
+from ..geometry import Geometry
 
 _LONGEST_SUM = 1024  # a product over more is faster in parts, which stay in the cache
 _NARROW = 128  # blocks of no more rows are put together: a copy of their kernels costs less than thin products

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..dynamic_conv import Geometry
+from ..geometry import Geometry
 from .partition import Partition
 
 

@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dynamic_conv import Geometry, columns, dynamic_conv_from_geometry
+from ..dynamic_conv import columns, dynamic_conv_from_geometry
+from ..geometry import Geometry
+from ..images import empty_images
+from ..native import can_run
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention
 from .mixed_conv import computing_type, exporting
 from .mixing import mix_rows
-from .native import can_run, native_folded_conv
+from .native import native_folded_conv
 from .partition import Partition
-from .streamed import empty_output, tiles
+from .streamed import tiles
 
 
 @torch.no_grad()
@@ -59,8 +62,8 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)
     kernel_size = partition.kernel[2:]
     cells = products.transpose(1, 2)  # (blocks, r + 1, cout, K): for each block, r + 1 cells that are whole kernels
-    y, flat = empty_output(x, partition.kernel[0], geometry.output_size(x.shape[2:], kernel_size))
-    flat = flat.unflatten(1, (len(products), -1))
+    y = empty_images(x, partition.kernel[0], geometry.output_size(x.shape[2:], kernel_size))
+    flat = y.flatten(2).unflatten(1, (len(products), -1))
     space = Workspace(x)
     for samples, rows in tiles(hidden[:, None, None], cells[0], flat.shape[3]):
         seen = torch.cat(columns(x[samples], kernel_size, geometry), 2).unflatten(2, (*scales.shape[2:], -1))

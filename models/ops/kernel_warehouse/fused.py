@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import Geometry, even_part
+from ..dynamic_conv import even_part
+from ..geometry import Geometry
+from ..images import empty_images
 from .mixing import by_output_blocks, mix_rows
 from .partition import Partition
-from .streamed import empty_output, streamed_conv
+from .streamed import streamed_conv
 
 _CHUNK_BYTES = 256 << 20  # of the kernels that exist at once: samples enough to fill a GPU with tiles of small maps
 
@@ -119,7 +121,8 @@ class _FusedConv(torch.autograd.Function):
 def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     from . import fused_kernels
 
-    y, flat = empty_output(x, alpha.shape[1] * cells.shape[1], _Window(*window).positions(*x.shape[2:]))
+    y = empty_images(x, alpha.shape[1] * cells.shape[1], _Window(*window).positions(*x.shape[2:]))
+    flat = y.flatten(2)
     channels, positions = flat.shape[1:]
     with torch.cuda.device_of(x):
         for samples in _chunks(alpha, cells):
@@ -144,7 +147,7 @@ def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) ->
 
 @_convolve.register_fake
 def _(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    return empty_output(x, alpha.shape[1] * cells.shape[1], _Window(*window).positions(*x.shape[2:]))[0]
+    return empty_images(x, alpha.shape[1] * cells.shape[1], _Window(*window).positions(*x.shape[2:]))
 
 
 @torch.library.custom_op("kernelwarehouse::fused_conv_gradient_of_x", mutates_args=())

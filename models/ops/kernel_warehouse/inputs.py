@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..dynamic_conv import Geometry, windows
+from ..dynamic_conv import windows
+from ..geometry import Geometry
 from .partition import Partition
 
 

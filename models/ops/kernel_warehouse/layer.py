@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_conv import Geometry
-from ..dynamic_conv.geometry import Padding
+from ..geometry import Geometry, Padding
 from .attention import EPSILON, Attention
 from .folded import fold_products, folded_conv, folded_kernels
 from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports

@@ -1,18 +1,21 @@
 """The convolution with mixed kernels, by any of its implementations."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..dynamic_conv import Geometry, dynamic_conv_from_geometry
+from ..dynamic_conv import dynamic_conv_from_geometry
+from ..geometry import Geometry
+from ..native import can_run
 from .cost import cheapest
 from .fused import fused_conv
 from .inputs import inputs_conv
 from .mixing import mix
 from .naive import naive_mix
-from .native import can_run, native_conv
+from .native import native_conv
 from .partition import Partition
 from .streamed import streamed_conv
 
@@ -76,8 +79,11 @@ def mixed_conv(
     elif not supports(implementation, partition, geometry):
         implementation = "kernels"
     run = IMPLEMENTATIONS[implementation]
-    if implementation in ("kernels", "inputs") and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Kernels and mixed inputs grow with the batch; they are cheaper to mix again than to keep.
+    large = implementation == "inputs"
+    if implementation == "kernels":
+        large = 4 * math.prod(partition.kernel) > x[0].numel()
+    if large and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # They grow with the batch, and are cheaper to mix again than to keep.
         return checkpoint(run, alpha, cells, x, partition, geometry, use_reentrant=False, preserve_rng_state=False)
     return run(alpha, cells, x, partition, geometry)
 

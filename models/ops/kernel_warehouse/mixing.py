@@ -21,6 +21,9 @@ def mix(attention: Tensor, cells: Tensor, partition: Partition) -> Tensor:
         (B, Cout, Cin/groups, *k).
     """
     batch, num_cells = attention.shape[0], attention.shape[2]
+    if cells[0, 0].numel() == 1:  # of a depthwise convolution, whose output channels come to lie together
+        mixtures = attention.reshape(-1, num_cells) @ cells.flatten(1).to(attention.dtype)
+        return _assemble(mixtures.view(batch, *partition.grid, *partition.cell), partition)
     rows = mix_rows(attention.reshape(-1, num_cells), cells)
     mixtures = rows.reshape(partition.cell[0], batch, *partition.grid, *partition.cell[1:])
     return _assemble(mixtures.movedim(0, 1 + len(partition.grid)), partition)
@@ -38,8 +41,6 @@ def mix_rows(attention: Tensor, cells: Tensor, out: Tensor | None = None) -> Ten
         (cout, M, cin · *c).
     """
     rows = cells.transpose(0, 1).flatten(2).to(attention.dtype)
-    if rows.shape[2] == 1:
-        return torch.mm(rows.squeeze(2), attention.t(), out=None if out is None else out.squeeze(2)).unsqueeze(2)
     return torch.bmm(attention.expand(len(rows), -1, -1), rows, out=out)
 
 

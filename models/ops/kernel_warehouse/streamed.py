@@ -7,13 +7,15 @@ written or kept.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import Geometry, even_part
+from ..dynamic_conv import even_part
+from ..geometry import Geometry
+from ..images import empty_images
 from .applied import Columns, Workspace
 from .mixing import by_output_blocks, mix_rows
 from .partition import Partition
@@ -49,8 +51,8 @@ class _StreamedConv(torch.autograd.Function):
     def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry):
         ctx.save_for_backward(alpha, cells, x)
         ctx.arguments = kernel_size, geometry
-        y, flat = empty_output(x, alpha.shape[1] * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
-        flat = flat.unflatten(1, (alpha.shape[1], -1))
+        y = empty_images(x, alpha.shape[1] * cells.shape[1], geometry.output_size(x.shape[2:], kernel_size))
+        flat = y.flatten(2).unflatten(1, (alpha.shape[1], -1))
         space = Workspace(x)
         for samples, rows in _tiles(alpha, cells, flat.shape[3], kernel_size):
             applied = Columns(x[samples], kernel_size, geometry, space)
@@ -139,12 +141,3 @@ def tiles(alpha: Tensor, cells: Tensor, copied: int) -> Iterator[tuple[slice, li
     rows = even_part(channels, max(budget // (row * samples), least), _TILE_CHANNELS)
     for first in range(0, batch, samples):
         yield slice(first, first + samples), [slice(c, min(c + rows, channels)) for c in range(0, channels, rows)]
-
-
-def empty_output(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """An uninitialised (B, channels, *size) in the memory layout of x, and its view (B, channels, positions)."""
-    if x.stride(1) == 1:
-        y = x.new_empty(len(x), *size, channels).movedim(-1, 1)
-    else:
-        y = x.new_empty(len(x), channels, *size)
-    return y, y.flatten(2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition
 
 needs_compiler = pytest.mark.skipif(

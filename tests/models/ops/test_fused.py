@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernelwarehouse.models.ops import kernel_warehouse
-from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_conv
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from kernelwarehouse import build_model, set_implementation
 from kernelwarehouse.datasets import Digits
-from kernelwarehouse.models.ops.dynamic_conv import Geometry, columns, columns_adjoint
+from kernelwarehouse.models.ops.dynamic_conv import columns, columns_adjoint
+from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import (
     IMPLEMENTATIONS,
     KWConv2d,

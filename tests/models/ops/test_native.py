@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernelwarehouse.models.ops.dynamic_conv import Geometry
+from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
-from kernelwarehouse.models.ops.kernel_warehouse.native import NativeError, library
+from kernelwarehouse.models.ops.native import NativeError, can_run, library
+from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
 from .convolutions import CONVOLUTIONS, convolution, needs_compiler
 from .parity import assert_parity
 
 ROOT = Path(__file__).parents[3]
-FORGET = native._obstacle, native._warn_once, library
+FORGET = _obstacle, _warn_once, library
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_parity(threads, name, count):
-    assert native.can_run("cpu", torch.float64), native._obstacle("cpu", torch.float64)
+    assert can_run("cpu", torch.float64), _obstacle("cpu", torch.float64)
     threads(count)
     assert_equal_to_grouped(*convolution(name))
 

@@ -5,13 +5,11 @@
 // all the same small product, `multiply`.
 //
 // Images are channels last. "Units" are pairs (sample, block of output channels), "parts" pairs (tap, block of input
-// channels); one unit and part are one mixture. `__init__.py` says what the tensors hold.
+// channels); one unit and part are one mixture. `kernel_warehouse/native.py` says what the tensors hold.
 
 #include <omp.h>
 
-#include <cstdlib>
-
-#include "product.h"
+#include "problem.h"
 
 namespace {
 
@@ -20,22 +18,6 @@ constexpr Int MIXTURES = 40;      // that a row of the cells is read for: it sta
 constexpr Int FEW = 16;           // mixtures that are faster than memory
 constexpr Int BLOCK = 16 << 10;   // bytes of cells that are asked for early
 constexpr Int PAD = 16;           // between kernels: at powers of two they would share few lines of the caches
-
-// Sizes of three dimensions; an image has one of 1 in front, a line two.
-struct Problem {
-  Int batch, blocks_out, blocks_in, cells, cout, cin;
-  Int input[3], output[3], taps[3], stride[3], padding[3], dilation[3];
-  Int folded;  // 0 where all mixtures share the cells; else each has its own, and α this many blocks of rows
-
-  Int units() const { return batch * blocks_out; }
-  Int parts() const { return taps[0] * taps[1] * taps[2] * blocks_in; }
-  Int lines() const { return output[0] * output[1]; }
-  Int channels_in() const { return blocks_in * cin; }
-  Int channels_out() const { return blocks_out * cout; }
-  Int image_in() const { return input[0] * input[1] * input[2] * channels_in(); }
-  Int image_out() const { return lines() * output[2] * channels_out(); }
-  Int pixel_step() const { return stride[2] * channels_in(); }
-};
 
 // Which outputs a tap gives something to, in one dimension: `count` from `first` on, which reads the input at `at`.
 struct Span {
@@ -47,14 +29,6 @@ struct Span {
     count = std::max<Int>(std::min(p.output[dim], last) - first, 0);
     at = first * p.stride[dim] + offset;
   }
-};
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(Int count) : data((T*)std::aligned_alloc(64, ceil_div(count * sizeof(T), 64) * 64)) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
 };
 
 struct Tap {
@@ -72,9 +46,9 @@ struct Taps {
   const Int count;
   Buffer<Tap> taps;
   explicit Taps(const Problem& p) : count(p.parts() / p.blocks_in), taps(count) {
-    for (Int tap = 0; tap < count; tap++) taps.data[tap] = Tap(p, tap);
+    for (Int tap = 0; tap < count; tap++) taps[tap] = Tap(p, tap);
   }
-  const Tap& operator[](Int tap) const { return taps.data[tap]; }
+  const Tap& operator[](Int tap) const { return taps[tap]; }
 };
 
 // The same for one line of outputs, `at` being the number of the pixel.
@@ -291,7 +265,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
 
 // (batch, rows, columns) to (batch, columns, rows): between channels first and channels last.
 template <typename T>
-void reorder(Int threads, Int batch, Int rows, Int columns, const T* from, T* to) {
+void reorder(Int batch, Int rows, Int columns, Int threads, const T* from, T* to) {
   const Int strip = 4 * ROUND, strips = ceil_div(rows, strip);
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
   for (Int image = 0; image < batch; image++)
@@ -316,8 +290,8 @@ void reorder(Int threads, Int batch, Int rows, Int columns, const T* from, T* to
                                           const T* grad, T* grad_alpha, T* grad_cells) {                             \
     gradients_of_mixing<T>(p, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                               \
   }                                                                                                                  \
-  extern "C" void reorder_##T(Int threads, Int batch, Int rows, Int columns, const T* from, T* to) {                 \
-    reorder<T>(threads, batch, rows, columns, from, to);                                                             \
+  extern "C" void reorder_##T(Int batch, Int rows, Int columns, Int threads, const T* from, T* to) {                 \
+    reorder<T>(batch, rows, columns, threads, from, to);                                                             \
   }
 EXPORT(float)
 EXPORT(double)

@@ -1,4 +1,4 @@
-"""`convolution.cpp` as a library, compiled by GCC on first use and kept for later processes."""
+"""The C++ files as one library, compiled by GCC on first use and kept for later processes."""
 
 import ctypes
 import functools
@@ -9,11 +9,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("convolution.cpp", "product.h")]
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise")]
+_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("problem", "product")]
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -26,6 +30,53 @@ class NativeError(RuntimeError):
     """Why there is no library."""
 
 
+@torch.compiler.assume_constant_result
+def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
+    """Whether tensors of a type on a type of device can be computed with; if not, a warning can say why, once."""
+    obstacle = _obstacle(device, dtype)
+    if warn and obstacle:
+        _warn_once(f"implementation 'native' gives way to others, slower on a CPU: {obstacle}")
+    return obstacle is None
+
+
+@functools.cache
+def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"it runs on a CPU, not on {device!r}"
+    if dtype not in _TYPES:
+        return f"it computes in {' and '.join(map(str, _TYPES))}, not in {dtype}"
+    try:
+        library()
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def call(function: str, *arguments: ctypes.Array | int | Tensor) -> None:
+    """Run a function of the library for the type of its tensors, with torch's number of threads.
+
+    Args:
+        function: Its name, without the type.
+        *arguments: As the C++ function has them but for the threads; tensors are contiguous, or given as the memory
+            that is written.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    values = [_value(argument) for argument in arguments]
+    values.insert(len(values) - len(tensors), ctypes.c_int64(torch.get_num_threads()))
+    getattr(library(), f"{function}_{_TYPES[tensors[0].dtype]}")(*values)
+
+
+def _value(argument: ctypes.Array | int | Tensor) -> object:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load the library, and compile it first if no process of this machine and user did.
@@ -36,11 +87,12 @@ def library() -> ctypes.CDLL:
     Raises:
         NativeError: A processor without the instructions, no compiler, or one that fails.
     """
-    command = [*shlex.split(os.environ.get("CXX") or "g++"), *_FLAGS, *_instructions(), str(_SOURCES[0])]
-    key = hashlib.sha256("\0".join(command[:-1]).encode())
-    for source in _SOURCES:
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *_FLAGS, *_instructions()]
+    key = hashlib.sha256("\0".join(command).encode())
+    for source in _SOURCES + _HEADERS:
         key.update(source.read_bytes())
     name = f"native_{key.hexdigest()[:16]}.so"
+    command += map(str, _SOURCES)
     folder = _folder()
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:

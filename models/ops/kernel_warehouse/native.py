@@ -1,0 +1,136 @@
+"""The convolution with mixed kernels in C++, for a CPU: kernels live in the cache, and inputs are read in place.
+
+It does what `streamed` does without its copies: no columns are written, and what a core mixes at once fits in its own
+cache. For single and double precision, which autocast is not, and cells that span one position of the kernel.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..geometry import Geometry
+from ..images import empty_images
+from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, window_of
+from .mixing import by_output_blocks
+from .partition import Partition
+from .streamed import streamed_conv
+
+
+def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]); arguments, result and order of the gradient as `streamed_conv`.
+
+    Streaming takes over where this cannot run, which is said once.
+
+    Raises:
+        ValueError: An input that is smaller than the kernel.
+    """
+    if not can_run(x.device.type, x.dtype, warn=True):
+        return streamed_conv(alpha, cells, x, partition, geometry)
+    x, padding = geometry.split_padding(x)
+    alpha = by_output_blocks(alpha, partition)
+    return _NativeConv.apply(alpha, cells.to(x.dtype), x, window_of(partition.kernel[2:], geometry, padding))
+
+
+def native_folded_conv(
+    hidden: Tensor, scales: Tensor, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry
+) -> Tensor:
+    """The same with W[b] mixed from products of attention and cells (see `folded`); without a gradient.
+
+    Args:
+        hidden: [h; 1], (B, r + 1).
+        scales: s, (B, blocks of output channels, taps · input blocks).
+        products: G, (blocks of output channels, cout, r + 1, taps · input blocks · cin).
+        x: (B, Cin, *spatial), all of one type that `can_run`.
+        partition: How the kernel is cut.
+        geometry: The convolution's arguments.
+    """
+    x, padding = geometry.split_padding(x)
+    alpha = scales.unsqueeze(3) * hidden[:, None, None]
+    return _convolve(alpha, products.flatten(0, 1), x, window_of(partition.kernel[2:], geometry, padding), True)
+
+
+class _NativeConv(torch.autograd.Function):
+    """`native_conv` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
+
+    @staticmethod
+    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
+        ctx.save_for_backward(alpha, cells, x)
+        ctx.window = window
+        return _convolve(alpha, cells.transpose(0, 1), x, window, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        alpha, cells, x = ctx.saved_tensors
+        needs_alpha, needs_cells, needs_x, _ = ctx.needs_input_grad
+        grad_alpha = grad_cells = grad_x = None
+        if needs_x:
+            grad_x = _gradient_of_x(grad, alpha, cells, x, ctx.window)
+        if needs_alpha or needs_cells:
+            grad_alpha, grad_cells = _gradients_of_mixing(grad, alpha, cells, x, ctx.window)
+        return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, None
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
+def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+    """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin)."""
+    y = _output(alpha, rows, x, window, folded)
+    values = room_for_pixels(y)
+    sizes = _problem(alpha, x, y, window, folded)
+    call("convolve", sizes, alpha.contiguous(), rows.contiguous(), pixels(x), values)
+    return from_pixels(values, y)
+
+
+@_convolve.register_fake
+def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+    size = output_size(x.shape[2:], window)
+    return empty_images(x, len(rows) * (1 if folded else alpha.shape[1]), size)
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
+def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    grad_x = empty_images(x, x.shape[1], x.shape[2:])
+    values = room_for_pixels(grad_x)
+    rows = cells.transpose(0, 1).contiguous()
+    call("gradient_of_x", _problem(alpha, x, grad, window), alpha.contiguous(), rows, pixels(grad), values)
+    return from_pixels(values, grad_x)
+
+
+@_gradient_of_x.register_fake
+def _(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
+    return empty_images(x, x.shape[1], x.shape[2:])
+
+
+@torch.library.custom_op("kernelwarehouse::native_conv_gradients_of_mixing", mutates_args=())
+def _gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
+    grad_alpha = alpha.new_zeros(torch.get_num_threads(), *alpha.shape[:3], math.ceil(len(cells) / 16) * 16)
+    grad_cells = _like_cells(cells)
+    operands = alpha.contiguous(), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
+    call("gradients_of_mixing", _problem(alpha, x, grad, window), *operands, grad_alpha, grad_cells.transpose(0, 1))
+    return grad_alpha.sum(0)[..., : len(cells)].contiguous(), grad_cells
+
+
+@_gradients_of_mixing.register_fake
+def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(alpha, memory_format=torch.contiguous_format), _like_cells(cells)
+
+
+def _like_cells(cells: Tensor) -> Tensor:
+    return cells.new_empty(cells.shape[1], len(cells), *cells.shape[2:]).transpose(0, 1)
+
+
+def _problem(
+    alpha: Tensor, x: Tensor, y: Tensor, window: Sequence[int], folded: bool = False
+) -> ctypes.Array[ctypes.c_int64]:
+    """The sizes for α (B, blocks of output channels, parts, n)."""
+    _, alpha_blocks, parts, n = alpha.shape
+    blocks_out, blocks_in = 1 if folded else alpha_blocks, parts // math.prod(window[:3])
+    counts = len(x), blocks_out, blocks_in, n, y.shape[1] // blocks_out, x.shape[1] // blocks_in
+    return problem(counts, x.shape[2:], y.shape[2:], window, alpha_blocks if folded else 0)

@@ -1,0 +1,59 @@
+"""The sizes of a convolution as `Problem` in problem.h has them."""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+
+from ..geometry import Geometry
+
+
+def window_of(kernel_size: Sequence[int], geometry: Geometry, padding: Sequence[int]) -> list[int]:
+    """Kernel size, stride, padding and dilation of three dimensions: an image is a volume of depth 1."""
+    missing = 3 - len(padding)
+    ones, zeros = [1] * missing, [0] * missing
+    return [*ones, *kernel_size, *ones, *geometry.stride, *zeros, *padding, *ones, *geometry.dilation]
+
+
+def output_size(input_size: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    """Of a convolution with a window of three dimensions.
+
+    Raises:
+        ValueError: An input that is smaller than the kernel.
+    """
+    dims = len(input_size)
+    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
+    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(input_size, taps)
+    if min(size) < 1:
+        raise ValueError(f"an input of {tuple(input_size)} is too small for a kernel of {tuple(taps)}")
+    return size
+
+
+def problem(
+    counts: Sequence[int],
+    input_size: Sequence[int],
+    output_size: Sequence[int],
+    window: Sequence[int],
+    folded: int = 0,
+) -> ctypes.Array[ctypes.c_int64]:
+    """Lay out the sizes for an operator.
+
+    Args:
+        counts: Samples, blocks of output and of input channels, cells, and the channels of each block.
+        input_size: One entry for each spatial dimension.
+        output_size: One entry for each spatial dimension.
+        window: Of `window_of`.
+        folded: Blocks of rows whose mixtures have cells of their own; 0 where all share them.
+    """
+    return _laid_out(tuple(counts), tuple(input_size), tuple(output_size), tuple(window), folded)
+
+
+@functools.lru_cache(1024)
+def _laid_out(
+    counts: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], window: tuple[int, ...], folded: int
+) -> ctypes.Array[ctypes.c_int64]:
+    if window == (1,) * 6 + (0,) * 3 + (1,) * 3:  # all pixels are alike
+        inputs = outputs = (math.prod(outputs),)
+    missing = (1,) * (3 - len(inputs))
+    values = [*counts, *missing, *inputs, *missing, *outputs, *window, folded]
+    return (ctypes.c_int64 * len(values))(*values)
