@@ -9,7 +9,7 @@
 
 #include <omp.h>
 
-#include "problem.h"
+#include "axis.h"
 
 namespace {
 
@@ -18,48 +18,6 @@ constexpr Int MIXTURES = 40;      // that a row of the cells is read for: it sta
 constexpr Int FEW = 16;           // mixtures that are faster than memory
 constexpr Int BLOCK = 16 << 10;   // bytes of cells that are asked for early
 constexpr Int PAD = 16;           // between kernels: at powers of two they would share few lines of the caches
-
-// Which outputs a tap gives something to, in one dimension: `count` from `first` on, which reads the input at `at`.
-struct Span {
-  Int first, count, at;
-  Span(const Problem& p, Int dim, Int tap) {
-    Int offset = tap * p.dilation[dim] - p.padding[dim];
-    first = offset < 0 ? ceil_div(-offset, p.stride[dim]) : 0;
-    Int last = offset < p.input[dim] ? (p.input[dim] - 1 - offset) / p.stride[dim] + 1 : 0;
-    count = std::max<Int>(std::min(p.output[dim], last) - first, 0);
-    at = first * p.stride[dim] + offset;
-  }
-};
-
-struct Tap {
-  Span depth, height, width;
-  Tap(const Problem& p, Int tap)
-      : depth(p, 0, tap / (p.taps[1] * p.taps[2])),
-        height(p, 1, tap / p.taps[2] % p.taps[1]),
-        width(p, 2, tap % p.taps[2]) {}
-  bool covers(const Problem& p) const {
-    return depth.count == p.output[0] && height.count == p.output[1] && width.count == p.output[2];
-  }
-};
-
-struct Taps {
-  const Int count;
-  Buffer<Tap> taps;
-  explicit Taps(const Problem& p) : count(p.parts() / p.blocks_in), taps(count) {
-    for (Int tap = 0; tap < count; tap++) taps[tap] = Tap(p, tap);
-  }
-  const Tap& operator[](Int tap) const { return taps[tap]; }
-};
-
-// The same for one line of outputs, `at` being the number of the pixel.
-struct Read {
-  Int first, count, at;
-  Read(const Problem& p, const Tap& tap, Int line) : first(tap.width.first), count(tap.width.count) {
-    Int d = line / p.output[1] - tap.depth.first, h = line % p.output[1] - tap.height.first;
-    if (d < 0 || d >= tap.depth.count || h < 0 || h >= tap.height.count) count = 0;
-    at = ((tap.depth.at + d * p.stride[0]) * p.input[1] + tap.height.at + h * p.stride[1]) * p.input[2] + tap.width.at;
-  }
-};
 
 // Kernels (count · parts, rows, channels) of some units, `size` values apart. Where few mixtures are made of a cell, a
 // block of cells is asked for while the one before is mixed: strips of columns would ask for them too late.
@@ -75,7 +33,7 @@ void mix_shared(const Problem& p, const T* alpha, const T* cells, Int unit, Int 
       const T *first = cells + (r * p.cells + cell) * p.cin + channel, *next = first + depth * p.cin;
       for (Int i = 0; i < block; i++)
         for (Int k = 0; k < channels; k += 64 / Int(sizeof(T))) __builtin_prefetch(next + i * p.cin + k, 0, 2);
-      multiply<T>(mixtures, channels, 1, depth, {alpha + cell, p.cells, 0, 1}, {first, 0, p.cin}, out, size, cell > 0);
+      multiply<T>(mixtures, channels, depth, {alpha + cell, p.cells, 1}, {first, p.cin}, out, size, cell > 0);
     }
 }
 
@@ -87,48 +45,79 @@ void mix_folded(const Problem& p, const T* alpha, const T* cells, Int unit, Int 
   for (Int r = row; r < row + rows; r++, out += channels)
     for (Int part = 0; part < parts; part++) {
       const Int mixture = (unit * p.folded + r * p.folded / p.cout) * parts + part;
-      Left<T> a = {alpha + mixture * p.cells, p.folded * parts * p.cells, 0, 1};
-      Right<T> b = {cells + (r * p.cells * parts + part) * p.cin + channel, 0, parts * p.cin};
-      multiply<T>(count, channels, 1, p.cells, a, b, out + part * size, parts * size, false);
+      Left<T> a = {alpha + mixture * p.cells, p.folded * parts * p.cells, 1};
+      Right<T> b = {cells + (r * p.cells * parts + part) * p.cin + channel, parts * p.cin};
+      multiply<T>(count, channels, p.cells, a, b, out + part * size, parts * size, false);
     }
 }
 
-// Which lines of which outputs a thread computes at a time: `rows` output channels, from inputs of `channels`.
-struct Piece {
-  Int first_line, last_line, rows, channels;
+// Where each of `count` parts of a whole begins: at multiples of a unit.
+struct Parts {
+  Int total, count, unit;
+  Int begin(Int part) const { return std::min(ceil_div(total, unit) * part / count * unit, total); }
+  Int size(Int part) const { return begin(part + 1) - begin(part); }
+  Int most() const { return std::min(ceil_div(ceil_div(total, unit), count) * unit, total); }
 };
 
-// Add to the outputs of one sample what kernels (parts, channels, row_length), `size` values apart, make of its input.
+// Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many values apart.
 template <typename T>
-void apply(const Problem& p, const Taps& taps, const Piece& piece, const T* kernels, Int size, Int row_length,
-           const T* x, T* y, bool first) {
-  const bool complete = taps.count == 1 && taps[0].covers(p);  // then nothing is added up over taps
-  for (Int line = piece.first_line; line < piece.last_line; line++) {
-    T* out = y + line * p.output[2] * p.channels_out();
-    if (first && !complete)
-      for (Int i = 0; i < p.output[2]; i++) std::fill_n(out + i * p.channels_out(), piece.rows, T(0));
-    for (Int tap = 0; tap < taps.count; tap++) {
-      Read read(p, taps[tap], line);
-      Left<T> a = {x + read.at * p.channels_in(), p.pixel_step(), p.cin, 1};
-      Right<T> b = {kernels + tap * p.blocks_in * size, size, row_length};
-      multiply<T>(read.count, piece.rows, p.blocks_in, piece.channels, a, b, out + read.first * p.channels_out(),
-                  p.channels_out(), !first || !complete);
+struct Kernels {
+  const T* data;
+  Int columns, row, tap, block;
+};
+
+// Pixels to read: `blocks` of `channels` each, a number of values apart.
+template <typename T>
+struct Pixels {
+  const T* data;
+  Int size, blocks, channels, block;
+};
+
+// Sum what pixels of an image, from one line to another, read through the taps of a kernel; `room` is for the terms.
+template <typename T>
+void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Kernels<T> kernels, T* to, Int to_size,
+           bool add, Term* room) {
+  const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
+  for (Int d = 0; d < depth.count; d++)
+    for (Int i = 0; i < height.runs; i++) {
+      const Int h = std::max(height.run[i].first, first_line - d * height.count);
+      const Int last_h = std::min(height.run[i].last, last_line - d * height.count);
+      for (Int j = 0; j < width.runs && h < last_h; j++) {
+        const Int w = width.run[j].first, last_w = width.run[j].last;
+        Terms terms = {room, 0, from.channels};
+        lines.for_taps(depth.run_of(d), height.run[i], width.run[j], [&](const Tap& d, const Tap& h, const Tap& w) {
+          const Int pixel = lines.ahead(d, h, w) * from.size, tap = lines.number(d, h, w) * kernels.tap;
+          for (Int block = 0; block < from.blocks; block++)
+            room[terms.count++] = {pixel + block * from.block, tap + block * kernels.block};
+        });
+        // The rows of the product are neighbours along the longer side.
+        const bool across = last_w - w >= last_h - h;
+        const Int first = across ? h : w, last = across ? last_h : last_w, rows = across ? last_w - w : last_h - h;
+        const Int row = across ? width.step : height.step * lines.read_size[2];
+        const Int to_row = across ? width.stride : height.stride * lines.size[2];
+        for (Int k = first; k < last; k++) {
+          const Int at_h = across ? k : h, at_w = across ? w : k;
+          Left<T> a = {from.data + lines.read(d, at_h, at_w) * from.size, row * from.size, 1};
+          multiply<T>(rows, kernels.columns, terms, a, {kernels.data, kernels.row},
+                      to + lines.pixel(d, at_h, at_w) * to_size, to_row * to_size, add);
+        }
+      }
     }
-  }
 }
 
 template <typename T>
 void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, T* y) {
-  const Taps taps(p);
-  const Int parts = p.parts(), units = p.units(), lines = p.lines(), wanted = 2 * threads;
+  const Lines lines(p);
+  const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
   Int row_parts = ceil_div(p.cout, WIDE * LANES<T>);
   const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
-  const Int room = std::max<Int>(lines * p.output[2] / (8 * p.cells), 1);
-  const Int line_parts = std::min({lines, room, ceil_div(wanted, row_parts * unit_parts)});
+  const Int room = std::max<Int>(lines.count * p.output[2] / (8 * p.cells), 1);
+  const Int line_parts = std::min({lines.count, room, ceil_div(wanted, row_parts * unit_parts)});
   if (row_parts * unit_parts * line_parts < threads)
     row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
-  const Int most = ceil_div(p.cout, row_parts);
+  const Parts all_rows = {p.cout, row_parts, LANES<T>};
+  const Int most = all_rows.most();
   // Of folded cells a row is read for one part of each sample only.
   const Int each = ceil_div(units, unit_parts), mixtures = p.folded ? 2 * MIXTURES : MIXTURES;
   const Int together = ceil_div(each, ceil_div(each * parts, mixtures));
@@ -138,16 +127,18 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> mixed(together * parts * (most * depth + PAD)), turned(parts * (round_up(most) * depth + PAD));
+    Buffer<Term> terms(parts);
 #pragma omp for collapse(3) schedule(dynamic, 1)
     for (Int row_part = 0; row_part < row_parts; row_part++)
       for (Int unit_part = 0; unit_part < unit_parts; unit_part++)
         for (Int line_part = 0; line_part < line_parts; line_part++) {
-          const Int row = p.cout * row_part / row_parts, rows = p.cout * (row_part + 1) / row_parts - row;
+          const Int row = all_rows.begin(row_part), rows = all_rows.size(row_part);
           const Int row_length = round_up(rows), last = units * (unit_part + 1) / unit_parts;
           for (Int channel = 0; channel < p.cin; channel += depth) {
             const Int channels = std::min(depth, p.cin - channel);
             const Int size = rows * channels + PAD, turned_size = row_length * channels + PAD;
-            const Piece piece = {lines * line_part / line_parts, lines * (line_part + 1) / line_parts, rows, channels};
+            const Int line = lines.count * line_part / line_parts;
+            const Int last_line = lines.count * (line_part + 1) / line_parts;
             for (Int first = units * unit_part / unit_parts; first < last; first += together) {
               const Int count = std::min(together, last - first);
               mix(p, alpha, cells, first, count, row, rows, channel, channels, mixed.data, size);
@@ -156,8 +147,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
                   transpose<T>(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
                                turned.data + part * turned_size, row_length, row_length);
                 const Int sample = unit / p.blocks_out, block = unit % p.blocks_out;
-                apply<T>(p, taps, piece, turned.data, turned_size, row_length, x + sample * p.image_in() + channel,
-                         y + sample * p.image_out() + block * p.cout + row, channel == 0);
+                Pixels<T> pixels = {x + sample * p.image_in() + channel, p.channels_in(), p.blocks_in, channels, p.cin};
+                Kernels<T> kernels = {turned.data, rows, row_length, p.blocks_in * turned_size, turned_size};
+                apply<T>(lines, line, last_line, pixels, kernels, y + sample * p.image_out() + block * p.cout + row,
+                         p.channels_out(), channel > 0, terms.data);
               }
             }
           }
@@ -167,95 +160,118 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
 
 template <typename T>
 void gradient_of_x(const Problem& p, Int threads, const T* alpha, const T* cells, const T* grad, T* grad_x) {
-  const Taps taps(p);
-  const Int parts = p.parts(), lines = p.lines(), wanted = 2 * threads;
+  const Int parts = p.parts(), phases = Lines::phases(p), wanted = 2 * threads;
   Int width = std::min(p.cin, WIDE * LANES<T>);
   while (p.batch * ceil_div(p.cin, width) < wanted && width > LANES<T>) width = ceil_div(width, 2);
-  const Int channel_parts = ceil_div(p.cin, width), mixtures = p.blocks_out * parts;
+  const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
+  const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;
   const Int most = std::max<Int>(MIXTURES / mixtures, 1);
   const Int groups = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
   const Int together = ceil_div(p.batch, groups);
-  const Int fitting = CACHE / Int(sizeof(T)) / (together * mixtures * width);
+  const Int most_channels = all_channels.most();
+  const Int fitting = CACHE / Int(sizeof(T)) / (together * mixtures * most_channels);
   const Int depth = std::min(p.cout, std::max<Int>(fitting, 16));
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<T> mixed(together * mixtures * (depth * width + PAD));
+    Buffer<T> mixed(together * mixtures * (depth * most_channels + PAD));
+    Buffer<Term> terms(mixtures);
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (Int group = 0; group < groups; group++)
       for (Int channel_part = 0; channel_part < channel_parts; channel_part++) {
         const Int first = p.batch * group / groups, last = p.batch * (group + 1) / groups;
-        const Int channel = p.cin * channel_part / channel_parts;
-        const Int channels = p.cin * (channel_part + 1) / channel_parts - channel;
-        for (T* block = grad_x + first * p.image_in() + channel; block < grad_x + last * p.image_in(); block += p.cin)
-          std::fill_n(block, channels, T(0));
+        const Int channel = all_channels.begin(channel_part), channels = all_channels.size(channel_part);
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
           mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
                         channels, mixed.data, size);
-          for (Int sample = first; sample < last; sample++)
-            for (Int line = 0; line < lines; line++)
-              for (Int tap = 0; tap < taps.count; tap++) {
-                Read read(p, taps[tap], line);
-                const T* received = grad + sample * p.image_out() + row;
-                const Int at = line * p.output[2] + read.first;
-                Left<T> a = {received + at * p.channels_out(), p.channels_out(), p.cout, 1};
-                for (Int block_in = 0; block_in < p.blocks_in; block_in++) {
-                  const Int mixture = (sample - first) * mixtures + tap * p.blocks_in + block_in;
-                  Right<T> b = {mixed.data + mixture * size, parts * size, channels};
-                  T* out = grad_x + sample * p.image_in() + read.at * p.channels_in() + block_in * p.cin + channel;
-                  multiply<T>(read.count, channels, p.blocks_out, rows, a, b, out, p.pixel_step(), true);
-                }
+          for (Int phase = 0; phase < phases; phase++) {
+            const Lines lines(p, phase);
+            for (Int sample = first; sample < last; sample++)
+              for (Int block = 0; block < p.blocks_in; block++) {
+                const T *from = grad + sample * p.image_out() + row,
+                        *kernel = mixed.data + ((sample - first) * mixtures + block) * size;
+                T* to = grad_x + sample * p.image_in() + block * p.cin + channel;
+                Pixels<T> pixels = {from, p.channels_out(), p.blocks_out, rows, p.cout};
+                Kernels<T> kernels = {kernel, channels, channels, p.blocks_in * size, parts * size};
+                apply<T>(lines, 0, lines.count, pixels, kernels, to, p.channels_in(), row > 0, terms.data);
               }
+          }
         }
       }
   }
 }
 
+// The gradients (parts, rows, channels), `size` values apart, of the kernels of one sample and block of outputs;
+// to `turn` them is to put neighbouring rows into a register.
+template <typename T>
+void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, Int rows, Int channels, T* kernels,
+               Int size, bool turn, Term* room, T* turned) {
+  const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
+  const Int row_step = p.channels_out(), channel_step = p.pixel_step();
+  if (depth.taps * height.taps * width.taps * p.blocks_in < p.parts()) std::fill_n(kernels, p.parts() * size, T(0));
+  lines.for_taps(depth.all(), height.all(), width.all(), [&](const Tap& d, const Tap& h, const Tap& w) {
+    Terms pixels = {room, 0, w.last - w.first};
+    for (Int i = d.first; i < d.last; i++)
+      for (Int j = h.first; j < h.last; j++) {
+        const Int received = lines.pixel(i, j, w.first) * p.channels_out();
+        const Int read = (lines.read(i, j, w.first) + lines.ahead(d, h, w)) * p.channels_in();
+        room[pixels.count++] = turn ? Term{read, received} : Term{received, read};
+      }
+    for (Int block = 0; block < p.blocks_in; block++) {
+      T* kernel = kernels + (lines.number(d, h, w) * p.blocks_in + block) * size;
+      const T* in = x + block * p.cin;
+      if (turn) {
+        multiply<T>(channels, rows, pixels, {in, 1, channel_step}, {grad, row_step}, turned, round_up(rows), false);
+        transpose<T>(channels, rows, turned, round_up(rows), kernel, channels, channels);
+      } else {
+        multiply<T>(rows, channels, pixels, {grad, 1, row_step}, {in, channel_step}, kernel, channels, false);
+      }
+    }
+  });
+}
+
 template <typename T>
 void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, const T* grad,
                          T* grad_alpha, T* grad_cells) {
-  const Taps taps(p);
+  const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
-  const Int channel_parts = ceil_div(p.cin, WIDE * LANES<T>), width = ceil_div(p.cin, channel_parts);
-  const Int row_parts = std::max(ceil_div(p.cout, 3 * TALL), std::min(p.cout, ceil_div(threads, channel_parts)));
-  const Int together = ceil_div(units, ceil_div(units * parts, MIXTURES)), depth = ceil_div(p.cout, row_parts);
+  const Parts all_channels = {p.cin, ceil_div(p.cin, WIDE * LANES<T>), LANES<T>};
+  const Int channel_parts = all_channels.count, most = all_channels.most();
+  const bool turn = p.cin < LANES<T> && p.cin < p.cout;  // a register would hold few channels
+  const Int row_parts = std::max(ceil_div(p.cout, turn ? WIDE * LANES<T> : 3 * TALL),
+                                 std::min(p.cout, ceil_div(threads, channel_parts)));
+  const Parts all_rows = {p.cout, row_parts, turn ? LANES<T> : 1};
+  const Int together = ceil_div(units, ceil_div(units * parts, MIXTURES)), most_rows = all_rows.most();
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<T> kernels(together * parts * (depth * width + PAD)), turned(width * padded);
-    std::fill_n(turned.data, width * padded, T(0));
+    Buffer<T> kernels(together * parts * (most_rows * most + PAD));
+    Buffer<T> turned(most * std::max(padded, round_up(most_rows)));
+    Buffer<Term> terms(lines.count);
+    std::fill_n(turned.data, most * padded, T(0));
     T* own_alpha = grad_alpha + omp_get_thread_num() * units * parts * padded;
     // Not dynamic: what is summed in which thread, and so the last digits, should be the same every time.
 #pragma omp for collapse(2) schedule(static)
     for (Int row_part = 0; row_part < row_parts; row_part++)
       for (Int channel_part = 0; channel_part < channel_parts; channel_part++) {
-        const Int row = p.cout * row_part / row_parts, rows = p.cout * (row_part + 1) / row_parts - row;
-        const Int channel = p.cin * channel_part / channel_parts;
-        const Int channels = p.cin * (channel_part + 1) / channel_parts - channel, size = rows * channels + PAD;
+        const Int row = all_rows.begin(row_part), rows = all_rows.size(row_part);
+        const Int channel = all_channels.begin(channel_part), channels = all_channels.size(channel_part);
+        const Int size = rows * channels + PAD;
         for (Int first = 0; first < units; first += together) {
           const Int count = std::min(together, units - first);
-          for (Int i = 0; i < count * parts; i++) {
-            const Int unit = first + i / parts, part = i % parts;
-            const Tap& tap = taps[part / p.blocks_in];
-            const T* in = x + unit / p.blocks_out * p.image_in() + part % p.blocks_in * p.cin + channel;
+          for (Int unit = first; unit < first + count; unit++) {
+            const T* in = x + unit / p.blocks_out * p.image_in() + channel;
             const T* received = grad + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
-            for (Int d = 0; d < std::max<Int>(tap.depth.count, 1); d++) {  // a sum of nothing is 0 as well
-              const Int line = (tap.depth.first + d) * p.output[1] + tap.height.first;
-              Read read(p, tap, line);
-              Left<T> a = {received + (line * p.output[2] + read.first) * p.channels_out(), 1,
-                           p.output[2] * p.channels_out(), p.channels_out()};
-              Right<T> b = {in + read.at * p.channels_in(), p.stride[1] * p.input[2] * p.channels_in(), p.pixel_step()};
-              multiply<T>(rows, channels, tap.depth.count ? tap.height.count : 0, tap.width.count, a, b,
-                          kernels.data + i * size, channels, d > 0);
-            }
+            correlate<T>(p, lines, in, received, rows, channels, kernels.data + (unit - first) * parts * size, size,
+                         turn, terms.data, turned.data);
           }
           const Int mixture = first * parts;
           for (Int r = 0; r < rows; r++) {
             const T* kernel = kernels.data + r * channels;
             const Int at = (row + r) * p.cells * p.cin + channel;
-            multiply<T>(p.cells, channels, 1, count * parts, {alpha + mixture * p.cells, 1, 0, p.cells},
-                        {kernel, 0, size}, grad_cells + at, p.cin, first > 0);
+            multiply<T>(p.cells, channels, count * parts, {alpha + mixture * p.cells, 1, p.cells}, {kernel, size},
+                        grad_cells + at, p.cin, first > 0);
             transpose<T>(p.cells, channels, cells + at, p.cin, turned.data, padded, padded);
-            multiply<T>(count * parts, padded, 1, channels, {kernel, size, 0, 1}, {turned.data, 0, padded},
+            multiply<T>(count * parts, padded, channels, {kernel, size, 1}, {turned.data, padded},
                         own_alpha + mixture * padded, padded, true);
           }
         }

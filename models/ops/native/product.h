@@ -33,28 +33,37 @@ constexpr Int ROUND = 16;  // to a multiple of which the length of a transposed 
 Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 Int round_up(Int a) { return ceil_div(a, ROUND) * ROUND; }
 
-// A matrix (rows, outer × inner) or (outer × inner, columns) in memory. The columns of a right factor are contiguous.
+// Matrices (rows, terms · inner) and (terms · inner, columns); the columns of a right factor lie together.
 template <typename T>
 struct Left {
   const T* data;
-  Int row, outer, inner;
+  Int row, inner;
 };
 template <typename T>
 struct Right {
   const T* data;
-  Int outer, inner;
+  Int inner;
 };
 
+// Where both factors of one term of a sum begin: what is summed over lies in memory in several pieces.
+struct Term {
+  Int left, right;
+};
+struct Terms {
+  const Term* data;
+  Int count, inner;
+};
+constexpr Term WHOLE[1] = {{0, 0}};
+
 template <typename T, Int lanes, Int vectors, Int rows>
-inline __attribute__((always_inline)) void tile(Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row,
-                                                bool add) {
+inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
     for (Int v = 0; v < vectors; v++) sum[i][v] = add ? *(const V*)(c + i * c_row + v * lanes) : V{};
-  for (Int o = 0; o < outer; o++) {
-    const T *left = a.data + o * a.outer, *right = b.data + o * b.outer;
-    for (Int k = 0; k < inner; k++, left += a.inner, right += b.inner) {
+  for (Int t = 0; t < terms.count; t++) {
+    const T *left = a.data + terms.data[t].left, *right = b.data + terms.data[t].right;
+    for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
       V value[vectors];
       for (Int v = 0; v < vectors; v++) value[v] = *(const V*)(right + v * lanes);
       for (Int v = 0; v < vectors; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
@@ -68,16 +77,16 @@ inline __attribute__((always_inline)) void tile(Int outer, Int inner, Left<T> a,
 
 // As many columns as `vectors` hold, for any number of rows.
 template <typename T, Int lanes, Int vectors>
-void strip(Int rows, Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
   Int tiles = ceil_div(rows, TALL);
   for (Int i = 0; i < tiles; i++) {
     Int first = rows * i / tiles;
-    Left<T> left = {a.data + first * a.row, a.row, a.outer, a.inner};
+    Left<T> left = {a.data + first * a.row, a.row, a.inner};
     T* out = c + first * c_row;
     switch (rows * (i + 1) / tiles - first) {
-#define ROWS(count)                                                              \
-  case count:                                                                    \
-    tile<T, lanes, vectors, count>(outer, inner, left, b, out, c_row, add); \
+#define ROWS(count)                                                  \
+  case count:                                                        \
+    tile<T, lanes, vectors, count>(terms, left, b, out, c_row, add); \
     break;
       ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
 #undef ROWS
@@ -87,12 +96,12 @@ void strip(Int rows, Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_ro
 
 // c (rows, columns) = a b, or c += a b.
 template <typename T>
-void multiply(Int rows, Int columns, Int outer, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
-#define STRIP(lanes, vectors)                                                             \
-  for (; columns >= lanes * vectors; columns -= lanes * vectors) {                        \
-    strip<T, lanes, vectors>(rows, outer, inner, a, b, c, c_row, add);                    \
-    b.data += lanes * vectors;                                                            \
-    c += lanes * vectors;                                                                 \
+void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+#define STRIP(lanes, vectors)                                      \
+  for (; columns >= lanes * vectors; columns -= lanes * vectors) { \
+    strip<T, lanes, vectors>(rows, terms, a, b, c, c_row, add);    \
+    b.data += lanes * vectors;                                     \
+    c += lanes * vectors;                                          \
   }
   if constexpr (WIDE == 4) {
     STRIP(LANES<T>, 4)
@@ -104,6 +113,11 @@ void multiply(Int rows, Int columns, Int outer, Int inner, Left<T> a, Right<T> b
   if constexpr (LANES<T> > 4) STRIP(4, 1)
   STRIP(1, 1)
 #undef STRIP
+}
+
+template <typename T>
+void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+  multiply<T>(rows, columns, {WHOLE, 1, inner}, a, b, c, c_row, add);
 }
 
 #if defined(__AVX512F__)
