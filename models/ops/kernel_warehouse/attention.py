@@ -6,7 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..exporting import exporting
+
 EPSILON = 1e-3
+
+
+def pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of x (B, C, *spatial) over space, (B, C), and x, to be used in place of it from here on.
+
+    The gradient of the mean is then added to that of x at once, and never written for every position.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and not exporting():
+        return _Pool.apply(x)
+    return _mean(x), x
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return _mean(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor | None, grad_x: Tensor | None):
+        if grad_mean is None:
+            return grad_x
+        each = (grad_mean / ctx.shape[2:].numel()).reshape(*ctx.shape[:2], *(1,) * (len(ctx.shape) - 2))
+        return each.expand(ctx.shape) if grad_x is None else grad_x + each
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(2).mean(dim=2)
 
 
 class AttentionBatchNorm1d(nn.BatchNorm1d):
@@ -24,7 +55,7 @@ class AttentionBatchNorm1d(nn.BatchNorm1d):
 
 
 class Attention(nn.Module):
-    """α = (1 − τ) · z / (Σ|z| + 1e-3) + τ · β with z = FC2(ReLU(Norm(FC1(GAP(x))))).
+    """α = (1 − τ) · z / (Σ|z| + 1e-3) + τ · β with z = FC2(ReLU(Norm(FC1(mean of x over space)))).
 
     z holds, for each of the layer's m mixtures, one logit for each of the warehouse's n cells and one for the zero
     cell, which takes part in the sum and is then dropped. With a non-local basis, FC2 gives logits for the layer's
@@ -100,9 +131,9 @@ class Attention(nn.Module):
         bias = self.basis_bias if self.num_basis else self.fc2.bias
         bias.copy_(F.pad(self.assignment, (0, 1)).flatten())
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """h = ReLU(Norm(FC1(GAP(x)))): (B, C, *spatial) → (B, hidden)."""
-        return F.relu(self.norm(self.fc1(x.flatten(2).mean(dim=2))))
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """h = ReLU(Norm(FC1(mean of x over space))): (B, C) → (B, hidden)."""
+        return F.relu(self.norm(self.fc1(pooled)))
 
     def logits(self, h: Tensor) -> Tensor:
         """z: (B, hidden) → (B, m, n + 1)."""
@@ -121,17 +152,17 @@ class Attention(nn.Module):
         """Σ|z| over n + 1 logits, in fp32 at least: (B, m, n + 1) → (B, m, 1)."""
         return torch.linalg.vector_norm(z, 1, dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
 
-    def forward(self, x: Tensor, temperature: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor, temperature: Tensor) -> Tensor:
         """Compute the coefficients.
 
         Args:
-            x: The layer's input, (B, C, *spatial).
+            pooled: Mean of the layer's input over space, (B, C), of `pool`.
             temperature: τ, a scalar tensor.
 
         Returns:
             α, (B, m, n).
         """
-        z = self.logits(self.hidden(x))
+        z = self.logits(self.hidden(pooled))
         alpha = (z[..., :-1] / (self.total(z) + EPSILON)).to(z.dtype)
         return torch.lerp(alpha, self.assignment.to(z.dtype), temperature.to(z.dtype))
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dynamic_conv import columns, dynamic_conv_from_geometry
+from ..exporting import exporting
 from ..geometry import Geometry
 from ..images import empty_images
 from ..native import can_run
 from .applied import Workspace, multiply
-from .attention import EPSILON, Attention
-from .mixed_conv import computing_type, exporting
+from .attention import EPSILON, Attention, pool
+from .mixed_conv import computing_type
 from .mixing import mix_rows
 from .native import native_folded_conv
 from .partition import Partition
@@ -50,10 +51,10 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
+    pooled, x = pool(x)
     if exporting():
-        kernels = folded_kernels(attention, products, x, partition)
-        return dynamic_conv_from_geometry(x, kernels, None, geometry)
-    hidden, scales = _hidden_and_scales(attention, x, partition)
+        return dynamic_conv_from_geometry(x, folded_kernels(attention, products, pooled, partition), None, geometry)
+    hidden, scales = _hidden_and_scales(attention, pooled, partition)
     x = x.to(computing_type(x))
     hidden, scales = hidden.to(x.dtype), scales.to(x.dtype)
     if not torch.is_grad_enabled() and products.dtype == x.dtype and can_run(x.device.type, x.dtype):
@@ -77,19 +78,21 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     return y
 
 
-def folded_kernels(attention: Attention, products: Tensor, x: Tensor, partition: Partition) -> Tensor:
-    """The kernels (B, Cout, Cin, *k) that `folded_conv` applies, assembled: plain, for export and comparison."""
-    hidden, scales = _hidden_and_scales(attention, x, partition)
+def folded_kernels(attention: Attention, products: Tensor, pooled: Tensor, partition: Partition) -> Tensor:
+    """The kernels (B, Cout, Cin, *k) for the means (B, Cin) of inputs, assembled: plain, for export and comparison."""
+    hidden, scales = _hidden_and_scales(attention, pooled, partition)
     mixed = torch.einsum("bk,oqkp->boqp", hidden, products.to(hidden.dtype))
     mixed = mixed.unflatten(3, (scales.shape[2], -1)) * scales[:, :, None, :, None]
-    kernels = mixed.flatten(1, 2).reshape(x.shape[0], partition.kernel[0], *partition.kernel[2:], partition.kernel[1])
+    kernels = mixed.flatten(1, 2).reshape(
+        pooled.shape[0], partition.kernel[0], *partition.kernel[2:], partition.kernel[1]
+    )
     return kernels.movedim(-1, 2)
 
 
-def _hidden_and_scales(attention: Attention, x: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+def _hidden_and_scales(attention: Attention, pooled: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
     """[h; 1] as (B, r + 1), and s as (B, blocks of output channels, taps · input blocks)."""
-    hidden = attention.hidden(x)
+    hidden = attention.hidden(pooled)
     total = attention.total(attention.logits(hidden)).squeeze(2)
     *_, blocks_out, blocks_in = partition.grid
-    scales = (1 / (total + EPSILON)).reshape(x.shape[0], -1, blocks_out, blocks_in).transpose(1, 2).flatten(2)
+    scales = (1 / (total + EPSILON)).reshape(pooled.shape[0], -1, blocks_out, blocks_in).transpose(1, 2).flatten(2)
     return F.pad(hidden, (0, 1), value=1.0), scales

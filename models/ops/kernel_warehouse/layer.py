@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import Geometry, Padding
-from .attention import EPSILON, Attention
+from .attention import EPSILON, Attention, pool
 from .folded import fold_products, folded_conv, folded_kernels
 from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import cut, mix
@@ -97,15 +97,16 @@ class KWLayer(nn.Module):
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             y = folded_conv(self.attention, self.products, x, self.partition, self.geometry)
         else:
-            alpha = self.attention(x, self.warehouses.temperature)
+            pooled, x = pool(x)
+            alpha = self.attention(pooled, self.warehouses.temperature)
             y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         if self.products is not None:
-            return folded_kernels(self.attention, self.products, x, self.partition)
-        return mix(self.attention(x, self.warehouses.temperature), self.cells, self.partition)
+            return folded_kernels(self.attention, self.products, pool(x)[0], self.partition)
+        return mix(self.attention(pool(x)[0], self.warehouses.temperature), self.cells, self.partition)
 
     @torch.no_grad()
     def fold(self, dtype: torch.dtype | None = None) -> None:

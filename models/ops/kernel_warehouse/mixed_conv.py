@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..dynamic_conv import dynamic_conv_from_geometry
+from ..exporting import exporting
 from ..geometry import Geometry
 from ..native import can_run
 from .cost import cheapest
@@ -119,8 +120,3 @@ def supports(implementation: str, partition: Partition, geometry: Geometry) -> b
     if exporting() or geometry.groups > 1:
         return False
     return implementation == "inputs" or all(size == 1 for size in partition.cell[2:])
-
-
-def exporting() -> bool:
-    """Whether a graph is made that will run elsewhere, for any batch."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -13,6 +13,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     mix,
     set_temperature,
 )
+from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.kernel_warehouse.mixing import cut
 
 from .layers import LAYERS, make
@@ -32,11 +33,24 @@ def test_attention_by_hand():
     attention = Attention(1, 2, range(2), assign(1, 2, 0), norm="layer").double()
     nn.init.zeros_(attention.fc2.weight)
     attention.fc2.bias.data = torch.tensor([3.0, -1.0, 1.0]).double()
-    x = torch.randn(4, 1, 5).double()
+    pooled = torch.randn(4, 1).double()
     pure = torch.tensor([3.0, -1.0]).double() / 5.001
-    torch.testing.assert_close(attention(x, torch.tensor(0.0)), pure.expand(4, 1, 2))
+    torch.testing.assert_close(attention(pooled, torch.tensor(0.0)), pure.expand(4, 1, 2))
     mixed = 0.75 * pure + 0.25 * torch.tensor([1.0, 0.0]).double()
-    torch.testing.assert_close(attention(x, torch.tensor(0.25)), mixed.expand(4, 1, 2))
+    torch.testing.assert_close(attention(pooled, torch.tensor(0.25)), mixed.expand(4, 1, 2))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["mean", "x", "both"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_through_pooling(used, memory_format):
+    x = torch.randn(2, 3, 5, 4).double().to(memory_format=memory_format).requires_grad_()
+
+    def gradients(outputs):
+        loss = sum(outputs[i].pow(3).sum() for i in used)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(gradients(pool(x)), gradients((x.mean((2, 3)), x)))
 
 
 def test_temperature_one_is_the_assigned_kernel_for_every_sample():
@@ -136,7 +150,7 @@ class TestTypes:
         attention = Attention(4, 3000, range(8), assign(8, 8, 0), norm="layer").half()
         nn.init.zeros_(attention.fc2.weight)
         nn.init.constant_(attention.fc2.bias, 50.0)
-        alpha = attention(torch.randn(2, 4, 3).half(), torch.tensor(0.0))
+        alpha = attention(torch.randn(2, 4).half(), torch.tensor(0.0))
         assert alpha.dtype == torch.float16
         torch.testing.assert_close(alpha.float(), torch.full_like(alpha.float(), 1 / 3001), rtol=1e-2, atol=1e-6)
 
