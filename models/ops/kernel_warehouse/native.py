@@ -123,7 +123,11 @@ def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence
 
 
 def _like_cells(cells: Tensor) -> Tensor:
-    return cells.new_empty(cells.shape[1], len(cells), *cells.shape[2:]).transpose(0, 1)
+    """With rows together, as `Warehouses` lays them out; no view, to which autograd could not add in place."""
+    n, cout, *rest = cells.shape
+    row = math.prod(rest)
+    strides = [math.prod(rest[i + 1 :]) for i in range(len(rest))]
+    return cells.new_empty_strided(cells.shape, (row, n * row, *strides))
 
 
 def _problem(
