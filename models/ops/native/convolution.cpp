@@ -19,6 +19,13 @@ constexpr Int FEW = 16;           // mixtures that are faster than memory
 constexpr Int BLOCK = 16 << 10;   // bytes of cells that are asked for early
 constexpr Int PAD = 16;           // between kernels: at powers of two they would share few lines of the caches
 
+// Ask for a matrix (rows, columns) early, to read or to write.
+template <int write, typename T>
+void ask_for(const T* first, Int rows, Int row, Int columns) {
+  for (Int i = 0; i < rows; i++)
+    for (Int k = 0; k < columns; k += 64 / Int(sizeof(T))) __builtin_prefetch(first + i * row + k, write, 2);
+}
+
 // Kernels (count · parts, rows, channels) of some units, `size` values apart. Where few mixtures are made of a cell, a
 // block of cells is asked for while the one before is mixed: strips of columns would ask for them too late.
 template <typename T>
@@ -31,8 +38,7 @@ void mix_shared(const Problem& p, const T* alpha, const T* cells, Int unit, Int 
     for (Int cell = 0; cell < p.cells; cell += block) {
       const Int depth = std::min(block, p.cells - cell);
       const T *first = cells + (r * p.cells + cell) * p.cin + channel, *next = first + depth * p.cin;
-      for (Int i = 0; i < block; i++)
-        for (Int k = 0; k < channels; k += 64 / Int(sizeof(T))) __builtin_prefetch(next + i * p.cin + k, 0, 2);
+      ask_for<0>(next, block, p.cin, channels);
       multiply<T>(mixtures, channels, depth, {alpha + cell, p.cells, 1}, {first, p.cin}, out, size, cell > 0);
     }
 }
@@ -230,6 +236,24 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   });
 }
 
+// The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α, which
+// are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
+template <typename T>
+void unmix(const Problem& p, const T* alpha, const T* cells, const T* kernels, Int mixtures, Int rows, Int channels,
+           Int size, bool add, T* turned, T* grad_alpha, T* grad_cells) {
+  const Int padded = round_up(p.cells), row = p.cells * p.cin;
+  for (Int r = 0; r < rows; r++, kernels += channels, cells += row, grad_cells += row) {
+    for (Int cell = 0; cell < p.cells; cell += 2 * TALL) {
+      const Int few = std::min(2 * TALL, p.cells - cell), at = cell * p.cin;
+      ask_for<0>(cells + at + row, few, p.cin, channels);
+      ask_for<1>(grad_cells + at + row, few, p.cin, channels);
+      multiply<T>(few, channels, mixtures, {alpha + cell, 1, p.cells}, {kernels, size}, grad_cells + at, p.cin, add);
+    }
+    transpose<T>(p.cells, channels, cells, p.cin, turned, padded, padded);
+    multiply<T>(mixtures, padded, channels, {kernels, size, 1}, {turned, padded}, grad_alpha, padded, true);
+  }
+}
+
 template <typename T>
 void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, const T* grad,
                          T* grad_alpha, T* grad_cells) {
@@ -237,7 +261,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
   const Parts all_channels = {p.cin, ceil_div(p.cin, WIDE * LANES<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most();
-  const bool turn = p.cin < LANES<T> && p.cin < p.cout;  // a register would hold few channels
+  const bool turn = p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
   const Int row_parts = std::max(ceil_div(p.cout, turn ? WIDE * LANES<T> : 3 * TALL),
                                  std::min(p.cout, ceil_div(threads, channel_parts)));
   const Parts all_rows = {p.cout, row_parts, turn ? LANES<T> : 1};
@@ -264,16 +288,9 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
             correlate<T>(p, lines, in, received, rows, channels, kernels.data + (unit - first) * parts * size, size,
                          turn, terms.data, turned.data);
           }
-          const Int mixture = first * parts;
-          for (Int r = 0; r < rows; r++) {
-            const T* kernel = kernels.data + r * channels;
-            const Int at = (row + r) * p.cells * p.cin + channel;
-            multiply<T>(p.cells, channels, count * parts, {alpha + mixture * p.cells, 1, p.cells}, {kernel, size},
-                        grad_cells + at, p.cin, first > 0);
-            transpose<T>(p.cells, channels, cells + at, p.cin, turned.data, padded, padded);
-            multiply<T>(count * parts, padded, channels, {kernel, size, 1}, {turned.data, padded},
-                        own_alpha + mixture * padded, padded, true);
-          }
+          const Int mixture = first * parts, at = row * p.cells * p.cin + channel;
+          unmix<T>(p, alpha + mixture * p.cells, cells + at, kernels.data, count * parts, rows, channels, size, first > 0,
+                   turned.data, own_alpha + mixture * padded, grad_cells + at);
         }
       }
   }
