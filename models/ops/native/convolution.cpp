@@ -115,7 +115,9 @@ template <typename T>
 void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, T* y) {
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
-  Int row_parts = ceil_div(p.cout, WIDE * LANES<T>);
+  // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
+  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || 8 * p.cells > lines.count * p.output[2]);
+  Int row_parts = ceil_div(p.cout, WIDE * LANES<T> / (half ? 2 : 1));
   const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
   const Int room = std::max<Int>(lines.count * p.output[2] / (8 * p.cells), 1);
