@@ -116,11 +116,11 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
   // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
-  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || 8 * p.cells > lines.count * p.output[2]);
+  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || 8 * p.cells > p.pixels());
   Int row_parts = ceil_div(p.cout, WIDE * LANES<T> / (half ? 2 : 1));
   const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
-  const Int room = std::max<Int>(lines.count * p.output[2] / (8 * p.cells), 1);
+  const Int room = std::max<Int>(p.pixels() / (8 * p.cells), 1);
   const Int line_parts = std::min({lines.count, room, ceil_div(wanted, row_parts * unit_parts)});
   if (row_parts * unit_parts * line_parts < threads)
     row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
@@ -169,7 +169,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* cells, con
 template <typename T>
 void gradient_of_x(const Problem& p, Int threads, const T* alpha, const T* cells, const T* grad, T* grad_x) {
   const Int parts = p.parts(), phases = Lines::phases(p), wanted = 2 * threads;
-  Int width = std::min(p.cin, WIDE * LANES<T>);
+  const bool half = WIDE == 4 && p.blocks_out * parts / p.blocks_in * p.cout <= 128;  // writing is most of the work
+  Int width = std::min(p.cin, WIDE * LANES<T> / (half ? 2 : 1));
   while (p.batch * ceil_div(p.cin, width) < wanted && width > LANES<T>) width = ceil_div(width, 2);
   const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
   const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;

@@ -16,10 +16,11 @@ struct Problem {
   Int units() const { return batch * blocks_out; }
   Int parts() const { return taps[0] * taps[1] * taps[2] * blocks_in; }
   Int lines() const { return output[0] * output[1]; }
+  Int pixels() const { return lines() * output[2]; }
   Int channels_in() const { return blocks_in * cin; }
   Int channels_out() const { return blocks_out * cout; }
   Int image_in() const { return input[0] * input[1] * input[2] * channels_in(); }
-  Int image_out() const { return lines() * output[2] * channels_out(); }
+  Int image_out() const { return pixels() * channels_out(); }
   Int pixel_step() const { return stride[2] * channels_in(); }
 };
 
