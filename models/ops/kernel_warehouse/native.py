@@ -124,7 +124,7 @@ def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence
 
 def _like_cells(cells: Tensor) -> Tensor:
     """With rows together, as `Warehouses` lays them out; no view, to which autograd could not add in place."""
-    n, cout, *rest = cells.shape
+    n, _, *rest = cells.shape
     row = math.prod(rest)
     strides = [math.prod(rest[i + 1 :]) for i in range(len(rest))]
     return cells.new_empty_strided(cells.shape, (row, n * row, *strides))

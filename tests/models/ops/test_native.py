@@ -68,8 +68,10 @@ def test_parity(threads, name, count):
         ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # one sample, whose lines are shared out
         ((4, 6, 2, 3, 2), (2, 3, 1, 1, 1), 9, (4, 5, 3), 2),  # a volume
         ((4, 6, 3, 3, 3), (2, 3, 1, 1, 1), 9, (1, 1, 1), 2),  # most taps read nothing
+        ((130, 3, 5, 5), (130, 3, 1, 1), 4, (9, 11), 2),  # few input channels: the gradient of the kernels is turned
+        ((40, 21, 1, 1), (40, 21, 1, 1), 3, (13, 9), 3),  # so it is here, where a register and a half hold them
     ],
-    ids=["parts", "taps", "samples", "lines", "volume", "voxel"],
+    ids=["parts", "taps", "samples", "lines", "volume", "voxel", "stem", "narrow"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch, dtype):
@@ -96,6 +98,21 @@ def test_same_digits_every_time(threads, memory_format):
     ]
     for gradients in others:
         assert all(map(torch.equal, first, gradients))
+
+
+@needs_compiler
+def test_gradients_of_shared_cells_are_added_in_place():
+    """Autograd writes a third tensor where it may not add to the first; cells can be large."""
+    partition, geometry = Partition((4, 3, 1, 1), (2, 3, 1, 1)), Geometry.of((1, 1))
+    cells = torch.randn(2, 5, 3, 1, 1).transpose(0, 1).requires_grad_()  # as `Warehouses` lays them out
+    alpha, x = torch.randn(2, 2, 5), torch.randn(2, 3, 4, 4)
+    outputs = [mixed_conv(alpha, cells, x, partition, geometry, "native") for _ in range(3)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert "aten::add" not in counts
+    assert counts["aten::add_"] == 2
+    assert cells.grad.stride() == cells.stride()
 
 
 @needs_compiler
@@ -193,7 +210,8 @@ def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatc
 def test_with_fewer_instructions(tmp_path):
     """Torch can be told to take the processor for one without AVX-512."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "parity", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_depthwise.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "parity", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
