@@ -18,7 +18,7 @@ struct Row {
   Int line, kernel;
 };
 
-// The rows of a line, if there is room for all of the kernel; returns how many there are.
+// Find the rows of a line, and return how many there are; there is room for those of the whole kernel.
 Int find_rows(const Lines& lines, Int line, Int channels, Row* rows) {
   const Int d = line / lines.height.count, h = line % lines.height.count;
   const Run &deep = lines.depth.run_of(d), &high = lines.height.run_of(h);
