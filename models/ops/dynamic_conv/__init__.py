@@ -56,7 +56,8 @@ def dynamic_conv(
         dilation: Distance of the kernel's taps.
         groups: Independent groups of channels.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
-        implementation: "auto" or a name in `IMPLEMENTATIONS`.
+        implementation: "auto" or a name in `IMPLEMENTATIONS`. "auto" takes "depthwise" where that can run, whose
+            gradient is of first order only.
 
     Returns:
         (B, Cout, *output spatial), of the type of the product of x and weight.

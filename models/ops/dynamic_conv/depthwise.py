@@ -1,7 +1,7 @@
 """Depthwise convolution with a kernel for every sample in C++, for a CPU: inputs are read where they lie.
 
-Torch's convolution with a group for every channel of every sample needs channels first, and computes gradients 5 to 10
-times slower than outputs.
+Torch's convolution with a group for every channel of every sample needs channels first, and takes up to 17 times as
+long for its gradients as for its outputs.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .batched import grouped_dynamic_conv
 
 
 def depthwise_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """y[b, c] = conv(x[b, c], W[b, c]); shapes, and the gradient's order of 1, as `native_conv`.
+    """y[b, c] = conv(x[b, c], W[b, c]); the gradient is of first order only.
 
     What it does not do, see `is_depthwise` and `can_run`, is left to "grouped".
 
