@@ -4,6 +4,7 @@ Torch's convolution with a group for every channel of every sample needs channel
 long for its gradients as for its outputs.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -88,5 +89,5 @@ def _empty_gradients(_grad: Tensor, x: Tensor, kernels: Tensor, _window: Sequenc
     return empty_images(x, x.shape[1], x.shape[2:]), grad_kernels
 
 
-def _sizes(x: Tensor, y: Tensor, window: Sequence[int]) -> object:
+def _sizes(x: Tensor, y: Tensor, window: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return problem((len(x), 1, 1, 0, x.shape[1], x.shape[1]), x.shape[2:], y.shape[2:], window)

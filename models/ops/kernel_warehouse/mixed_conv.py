@@ -36,7 +36,7 @@ def kernels_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, 
     y = dynamic_conv_from_geometry(x, mix(alpha, cells, partition), None, geometry)
     if x.stride(1) != 1 or exporting():
         return y
-    # Channels first is what the forms give; the layers that follow should get what they would from a static one.
+    # Most forms give channels first; the layers that follow should get what they would from a static one.
     return y.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
