@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..geometry import Geometry
 from ..images import empty_images
-from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, window_of
+from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, sum_type, window_of
 from .batched import grouped_dynamic_conv
 
 
@@ -36,7 +36,7 @@ def depthwise_dynamic_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     if not is_depthwise(weight, geometry) or not can_run(x.device.type, x.dtype, warn=True):
         return grouped_dynamic_conv(x, weight, geometry)
     x, padding = geometry.split_padding(x)
-    kernels = weight.to(x.dtype).squeeze(2).flatten(2).transpose(1, 2)
+    kernels = weight.to(sum_type(x.dtype)).squeeze(2).flatten(2).transpose(1, 2)
     return _Depthwise.apply(x, kernels, window_of(weight.shape[3:], geometry, padding))
 
 
@@ -64,7 +64,7 @@ class _Depthwise(torch.autograd.Function):
 def _depthwise(x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
     y = _empty_output(x, kernels, window)
     values = room_for_pixels(y)
-    call("depthwise", _sizes(x, y, window), kernels.contiguous(), pixels(x), values)
+    call("depthwise", _sizes(x, y, window), kernels.contiguous(), pixels(x), values, dtype=x.dtype)
     return from_pixels(values, y)
 
 
@@ -78,7 +78,7 @@ def _gradients(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) 
     sizes, received = _sizes(x, grad, window), pixels(grad)
     grad_x, grad_kernels = _empty_gradients(grad, x, kernels, window)
     values = room_for_pixels(grad_x)
-    call("depthwise_gradient_of_x", sizes, kernels.contiguous(), received, values)
+    call("depthwise_gradient_of_x", sizes, kernels.contiguous(), received, values, dtype=x.dtype)
     call("depthwise_gradient_of_kernels", sizes, pixels(x), received, grad_kernels)
     return from_pixels(values, grad_x), grad_kernels
 

@@ -16,12 +16,11 @@ from ..dynamic_conv import columns, dynamic_conv_from_geometry
 from ..exporting import exporting
 from ..geometry import Geometry
 from ..images import empty_images
-from ..native import can_run
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention, pool
 from .mixed_conv import computing_type
 from .mixing import mix_rows
-from .native import native_folded_conv
+from .native import folds_natively, native_folded_conv
 from .partition import Partition
 from .streamed import tiles
 
@@ -57,7 +56,7 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     hidden, scales = _hidden_and_scales(attention, pooled, partition)
     x = x.to(computing_type(x))
     hidden, scales = hidden.to(x.dtype), scales.to(x.dtype)
-    if not torch.is_grad_enabled() and products.dtype == x.dtype and can_run(x.device.type, x.dtype):
+    if not torch.is_grad_enabled() and folds_natively(products.dtype, x.dtype, x.device.type):
         return native_folded_conv(hidden, scales, products, x, partition, geometry)
     x = geometry.pad(x)
     geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)

@@ -1,7 +1,8 @@
 """The convolution with mixed kernels in C++, for a CPU: kernels live in the cache, and inputs are read in place.
 
 It does what `streamed` does without its copies: no columns are written, and what a core mixes at once fits in its own
-cache. For single and double precision, which autocast is not, and cells that span one position of the kernel.
+cache. For cells that span one position of the kernel, in single and double precision, and in bfloat16 where the
+processor multiplies that: α, kernels and images are rounded to it then; sums, cells and their gradients are not.
 """
 
 import ctypes
@@ -9,12 +10,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..geometry import Geometry
 from ..images import empty_images
-from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, window_of
+from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, sum_type, window_of
 from .mixing import by_output_blocks
 from .partition import Partition
 from .streamed import streamed_conv
@@ -30,9 +32,11 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     """
     if not can_run(x.device.type, x.dtype, warn=True):
         return streamed_conv(alpha, cells, x, partition, geometry)
+    if not _in_pairs(x, partition):
+        return native_conv(alpha.float(), cells, x.float(), partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
     alpha = by_output_blocks(alpha, partition)
-    return _NativeConv.apply(alpha, cells.to(x.dtype), x, window_of(partition.kernel[2:], geometry, padding))
+    return _NativeConv.apply(alpha, cells.to(sum_type(x.dtype)), x, window_of(partition.kernel[2:], geometry, padding))
 
 
 def native_folded_conv(
@@ -43,14 +47,28 @@ def native_folded_conv(
     Args:
         hidden: [h; 1], (B, r + 1).
         scales: s, (B, blocks of output channels, taps · input blocks).
-        products: G, (blocks of output channels, cout, r + 1, taps · input blocks · cin).
-        x: (B, Cin, *spatial), all of one type that `can_run`.
+        products: G, (blocks of output channels, cout, r + 1, taps · input blocks · cin), of the type of x or, where
+            that is bfloat16, in single precision.
+        x: (B, Cin, *spatial), of a type that `can_run`, as hidden and scales.
         partition: How the kernel is cut.
         geometry: The convolution's arguments.
     """
+    if not _in_pairs(x, partition):
+        operands = hidden.float(), scales.float(), products.float(), x.float()
+        return native_folded_conv(*operands, partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
     alpha = scales.unsqueeze(3) * hidden[:, None, None]
     return _convolve(alpha, products.flatten(0, 1), x, window_of(partition.kernel[2:], geometry, padding), True)
+
+
+def folds_natively(products: torch.dtype, x: torch.dtype, device: str) -> bool:
+    """Whether `native_folded_conv` can compute with products and images of these types on a type of device."""
+    return can_run(device, x) and products in (x, sum_type(x), torch.bfloat16)
+
+
+def _in_pairs(x: Tensor, partition: Partition) -> bool:
+    """Whether channels can be read as they must be in bfloat16, two at a time."""
+    return x.dtype != torch.bfloat16 or all(channels % 2 == 0 for channels in partition.cell[:2])
 
 
 class _NativeConv(torch.autograd.Function):
@@ -81,7 +99,8 @@ def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], fol
     y = _output(alpha, rows, x, window, folded)
     values = room_for_pixels(y)
     sizes = _problem(alpha, x, y, window, folded)
-    call("convolve", sizes, alpha.contiguous(), rows.contiguous(), pixels(x), values)
+    function = "convolve_rounded" if rows.dtype == torch.bfloat16 else "convolve"
+    call(function, sizes, _coefficients(alpha), rows.contiguous(), pixels(x), values)
     return from_pixels(values, y)
 
 
@@ -96,7 +115,7 @@ def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window
     grad_x = empty_images(x, x.shape[1], x.shape[2:])
     values = room_for_pixels(grad_x)
     rows = cells.transpose(0, 1).contiguous()
-    call("gradient_of_x", _problem(alpha, x, grad, window), alpha.contiguous(), rows, pixels(grad), values)
+    call("gradient_of_x", _problem(alpha, x, grad, window), _coefficients(alpha), rows, pixels(grad), values)
     return from_pixels(values, grad_x)
 
 
@@ -110,16 +129,23 @@ def _gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
-    grad_alpha = alpha.new_zeros(torch.get_num_threads(), *alpha.shape[:3], math.ceil(len(cells) / 16) * 16)
+    threads, n = torch.get_num_threads(), math.ceil(len(cells) / 16) * 16
+    grad_alpha = alpha.new_zeros(threads, *alpha.shape[:3], n, dtype=cells.dtype)
     grad_cells = _like_cells(cells)
-    operands = alpha.contiguous(), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
+    operands = _coefficients(alpha), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
     call("gradients_of_mixing", _problem(alpha, x, grad, window), *operands, grad_alpha, grad_cells.transpose(0, 1))
-    return grad_alpha.sum(0)[..., : len(cells)].contiguous(), grad_cells
+    return grad_alpha.sum(0)[..., : len(cells)].contiguous().to(alpha.dtype), grad_cells
 
 
 @_gradients_of_mixing.register_fake
 def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(alpha, memory_format=torch.contiguous_format), _like_cells(cells)
+
+
+def _coefficients(alpha: Tensor) -> Tensor:
+    """α in memory; in bfloat16 with an even number of values for each mixture."""
+    odd = alpha.dtype == torch.bfloat16 and alpha.shape[3] % 2
+    return F.pad(alpha, (0, 1)) if odd else alpha.contiguous()
 
 
 def _like_cells(cells: Tensor) -> Tensor:

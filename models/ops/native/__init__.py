@@ -5,7 +5,7 @@
 """
 
 from .images import from_pixels, pixels, room_for_pixels
-from .library import NativeError, call, can_run, library
+from .library import NativeError, call, can_run, library, sum_type
 from .problem import output_size, problem, window_of
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "pixels",
     "problem",
     "room_for_pixels",
+    "sum_type",
     "window_of",
 ]

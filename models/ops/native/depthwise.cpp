@@ -5,9 +5,8 @@
 
 #include <omp.h>
 
-#include <type_traits>
-
 #include "axis.h"
+#include "bfloat16.h"
 
 namespace {
 
@@ -49,25 +48,26 @@ void for_channels(Int first, Int last, Work work) {
 // Sum what `pixels` neighbours, from number i on, read through the taps of a run in all rows.
 template <typename T, Int lanes, Int vectors, Int pixels>
 inline __attribute__((always_inline)) void gather(const Axis& axis, const Run& run, const Row* rows, Int count,
-                                                  Int channels, Int i, const T* image, const T* kernel, T* out) {
-  using V = Vector<T, lanes>;
+                                                  Int channels, Int i, const T* image, const Sum<T>* kernel, T* out) {
+  using V = Vector<Sum<T>, lanes>;
   V sum[pixels][vectors] = {};
   const Int step = axis.step * channels, out_step = axis.stride * channels;
   for (Int r = 0; r < count; r++)
     for (Int k = run.tap; k < run.last_tap; k++) {
       const T* read = image + rows[r].line + (i * axis.step + axis.tap[k].at) * channels;
-      const T* weights = kernel + rows[r].kernel + axis.tap[k].number * channels;
+      const Sum<T>* weights = kernel + rows[r].kernel + axis.tap[k].number * channels;
       V weight[vectors];
       for (Int v = 0; v < vectors; v++) weight[v] = *(const V*)(weights + v * lanes);
       for (Int n = 0; n < pixels; n++)
-        for (Int v = 0; v < vectors; v++) sum[n][v] += *(const V*)(read + n * step + v * lanes) * weight[v];
+        for (Int v = 0; v < vectors; v++) sum[n][v] += widen<lanes>(read + n * step + v * lanes) * weight[v];
     }
   for (Int n = 0; n < pixels; n++)
-    for (Int v = 0; v < vectors; v++) *(V*)(out + (i + n) * out_step + v * lanes) = sum[n][v];
+    for (Int v = 0; v < vectors; v++) put<lanes>(out + (i + n) * out_step + v * lanes, sum[n][v]);
 }
 
 template <typename T, Int lanes, Int vectors>
-void gather_line(const Axis& axis, const Row* rows, Int count, Int channels, const T* image, const T* kernel, T* out) {
+void gather_line(const Axis& axis, const Row* rows, Int count, Int channels, const T* image, const Sum<T>* kernel,
+                 T* out) {
   for (Int r = 0; r < axis.runs; r++) {
     const Run& run = axis.run[r];
     const Int length = run.last - run.first, tiles = ceil_div(length, PIXELS);
@@ -87,8 +87,8 @@ void gather_line(const Axis& axis, const Row* rows, Int count, Int channels, con
 
 // A share of the lines of one image.
 template <typename T>
-void gather_lines(const Lines& lines, Int part, Int parts, Int channels, const T* image, const T* kernel, T* out,
-                  Row* rows) {
+void gather_lines(const Lines& lines, Int part, Int parts, Int channels, const T* image, const Sum<T>* kernel,
+                  T* out, Row* rows) {
   for (Int line = lines.count * part / parts; line < lines.count * (part + 1) / parts; line++) {
     const Int count = find_rows(lines, line, channels, rows);
     T* to = out + lines.pixel(line / lines.height.count, line % lines.height.count, 0) * channels;
@@ -99,7 +99,7 @@ void gather_lines(const Lines& lines, Int part, Int parts, Int channels, const T
 }
 
 template <typename T>
-void depthwise(const Problem& p, Int threads, const T* kernels, const T* x, T* y) {
+void depthwise(const Problem& p, Int threads, const Sum<T>* kernels, const T* x, T* y) {
   const Lines lines(p);
   const Int parts = std::min(p.lines(), ceil_div(4 * threads, p.batch));
 #pragma omp parallel num_threads(threads)
@@ -114,7 +114,7 @@ void depthwise(const Problem& p, Int threads, const T* kernels, const T* x, T* y
 }
 
 template <typename T>
-void depthwise_gradient_of_x(const Problem& p, Int threads, const T* kernels, const T* grad, T* grad_x) {
+void depthwise_gradient_of_x(const Problem& p, Int threads, const Sum<T>* kernels, const T* grad, T* grad_x) {
   const Int parts = std::min(p.input[1], ceil_div(4 * threads, p.batch)), phases = Lines::phases(p);
 #pragma omp parallel num_threads(threads)
   {
@@ -131,12 +131,12 @@ void depthwise_gradient_of_x(const Problem& p, Int threads, const T* kernels, co
 // Add to the gradients of `taps` weights what the pixels of a run have received through them.
 template <typename T, Int lanes, Int vectors, Int taps>
 inline __attribute__((always_inline)) void correlate(const Axis& axis, const Run& run, Int tap, Int channels,
-                                                     const T* read, const T* received, T* out) {
-  using V = Vector<T, lanes>;
+                                                     const T* read, const T* received, Sum<T>* out) {
+  using V = Vector<Sum<T>, lanes>;
   const Int step = axis.step * channels;
   V sum[taps][vectors];
   const T* from[taps];
-  T* to[taps];
+  Sum<T>* to[taps];
   for (Int k = 0; k < taps; k++) {
     from[k] = read + axis.tap[tap + k].at * channels;
     to[k] = out + axis.tap[tap + k].number * channels;
@@ -144,16 +144,16 @@ inline __attribute__((always_inline)) void correlate(const Axis& axis, const Run
   }
   for (Int i = run.first; i < run.last; i++) {
     V value[vectors];
-    for (Int v = 0; v < vectors; v++) value[v] = *(const V*)(received + i * channels + v * lanes);
+    for (Int v = 0; v < vectors; v++) value[v] = widen<lanes>(received + i * channels + v * lanes);
     for (Int k = 0; k < taps; k++)
-      for (Int v = 0; v < vectors; v++) sum[k][v] += *(const V*)(from[k] + i * step + v * lanes) * value[v];
+      for (Int v = 0; v < vectors; v++) sum[k][v] += widen<lanes>(from[k] + i * step + v * lanes) * value[v];
   }
   for (Int k = 0; k < taps; k++)
     for (Int v = 0; v < vectors; v++) *(V*)(to[k] + v * lanes) = sum[k][v];
 }
 
 template <typename T, Int lanes, Int vectors>
-void correlate_line(const Axis& axis, Int channels, const T* read, const T* received, T* out) {
+void correlate_line(const Axis& axis, Int channels, const T* read, const T* received, Sum<T>* out) {
   for (Int r = 0; r < axis.runs; r++) {
     const Run& run = axis.run[r];
     for (Int k = run.tap; k < run.last_tap; k += TAPS) switch (std::min(TAPS, run.last_tap - k)) {
@@ -168,7 +168,8 @@ void correlate_line(const Axis& axis, Int channels, const T* read, const T* rece
 }
 
 template <typename T>
-void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, const T* grad, T* grad_kernels) {
+void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, const T* grad,
+                                   Sum<T>* grad_kernels) {
   const Lines lines(p);
   const Int strips = ceil_div(p.cin, ROUND), parts = std::min(strips, ceil_div(4 * threads, p.batch));
 #pragma omp parallel num_threads(threads)
@@ -179,8 +180,8 @@ void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, co
       for (Int part = 0; part < parts; part++) {
         const Int first = strips * part / parts * ROUND, last = std::min(strips * (part + 1) / parts * ROUND, p.cin);
         const T *image = x + sample * p.image_in(), *received = grad + sample * p.image_out();
-        T* out = grad_kernels + sample * p.parts() * p.cin;
-        for (Int tap = 0; tap < p.parts(); tap++) std::fill(out + tap * p.cin + first, out + tap * p.cin + last, T(0));
+        Sum<T>* out = grad_kernels + sample * p.parts() * p.cin;
+        for (Int tap = 0; tap < p.parts(); tap++) std::fill(out + tap * p.cin + first, out + tap * p.cin + last, Sum<T>(0));
         for (Int line = 0; line < lines.count; line++, received += p.output[2] * p.cin) {
           const Int count = find_rows(lines, line, p.cin, rows.data);
           for_channels<T>(first, last, [&](auto lanes, auto vectors, Int c) {
@@ -196,16 +197,19 @@ void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, co
 }  // namespace
 
 #define EXPORT(T)                                                                                                     \
-  extern "C" void depthwise_##T(const Problem& p, Int threads, const T* kernels, const T* x, T* y) {                  \
+  extern "C" void depthwise_##T(const Problem& p, Int threads, const Sum<T>* kernels, const T* x, T* y) {             \
     depthwise(p, threads, kernels, x, y);                                                                             \
   }                                                                                                                   \
-  extern "C" void depthwise_gradient_of_x_##T(const Problem& p, Int threads, const T* kernels, const T* grad,         \
+  extern "C" void depthwise_gradient_of_x_##T(const Problem& p, Int threads, const Sum<T>* kernels, const T* grad,    \
                                               T* grad_x) {                                                            \
     depthwise_gradient_of_x(p, threads, kernels, grad, grad_x);                                                       \
   }                                                                                                                   \
   extern "C" void depthwise_gradient_of_kernels_##T(const Problem& p, Int threads, const T* x, const T* grad,         \
-                                                    T* grad_kernels) {                                                \
+                                                    Sum<T>* grad_kernels) {                                           \
     depthwise_gradient_of_kernels(p, threads, x, grad, grad_kernels);                                                 \
   }
 EXPORT(float)
 EXPORT(double)
+#if defined(__AVX512BF16__)
+EXPORT(bfloat16)
+#endif

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float32: "float", torch.float64: "double"}
-_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise")]
-_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("axis", "problem", "product")]
+_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise", "gradients", "images")]
+_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "mixing", "problem", "product")]
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -44,7 +44,9 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"it runs on a CPU, not on {device!r}"
     if dtype not in _TYPES:
-        return f"it computes in {' and '.join(map(str, _TYPES))}, not in {dtype}"
+        return f"it computes in {', '.join(map(str, _TYPES))}, not in {dtype}"
+    if dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return "the processor has no AVX512-BF16"
     try:
         library()
     except NativeError as error:
@@ -57,18 +59,24 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def call(function: str, *arguments: ctypes.Array | int | Tensor) -> None:
-    """Run a function of the library for the type of its tensors, with torch's number of threads.
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """What products of images of a type are summed in, and the type of cells and their gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def call(function: str, *arguments: ctypes.Array | int | Tensor, dtype: torch.dtype | None = None) -> None:
+    """Run a function of the library for a type, with torch's number of threads.
 
     Args:
         function: Its name, without the type.
         *arguments: As the C++ function has them but for the threads; tensors are contiguous, or given as the memory
             that is written.
+        dtype: The type; that of the first tensor by default.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     values = [_value(argument) for argument in arguments]
     values.insert(len(values) - len(tensors), ctypes.c_int64(torch.get_num_threads()))
-    getattr(library(), f"{function}_{_TYPES[tensors[0].dtype]}")(*values)
+    getattr(library(), f"{function}_{_TYPES[dtype or tensors[0].dtype]}")(*values)
 
 
 def _value(argument: ctypes.Array | int | Tensor) -> object:
@@ -122,7 +130,11 @@ def _instructions() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _INSTRUCTIONS:
         raise NativeError(f"the processor needs {' or '.join(_INSTRUCTIONS)}, and torch found {capability}")
-    return _INSTRUCTIONS[capability]
+    return _INSTRUCTIONS[capability] + ["-mavx512bf16"] * _multiplies_bfloat16()
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _compile(command: list[str], path: Path) -> None:

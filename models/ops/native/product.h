@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -20,28 +21,43 @@ constexpr Int REGISTER = 16, WIDE = 4, TALL = 6;
 constexpr Int REGISTER = 32, WIDE = 2, TALL = 6;
 #endif
 
-constexpr Int AHEAD = 16;  // rows of a right factor that are asked for early; cells come from far
+// How values of a type are multiplied: as words of some neighbours along what is summed over, in sums of another type.
+template <typename T>
+struct Arithmetic {
+  using Word = T;
+  using Sum = T;
+  static constexpr Int values = 1;
+};
+template <typename T>
+using Word = typename Arithmetic<T>::Word;
+template <typename T>
+using Sum = typename Arithmetic<T>::Sum;
 
 template <typename T>
-constexpr Int LANES = REGISTER / sizeof(T);
+constexpr Int LANES = REGISTER / sizeof(Sum<T>);
 
 template <typename T, Int lanes>
 using Vector __attribute__((vector_size(lanes * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
 
+constexpr Int AHEAD = 16;  // rows of a right factor that are asked for early
 constexpr Int ROUND = 16;  // to a multiple of which the length of a transposed row is rounded up
 
 Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 Int round_up(Int a) { return ceil_div(a, ROUND) * ROUND; }
+template <typename T>
+Int words(Int values) {
+  return ceil_div(values, Arithmetic<T>::values);
+}
 
-// Matrices (rows, terms · inner) and (terms · inner, columns); the columns of a right factor lie together.
+// Matrices (rows, terms · inner) and (terms · inner, columns) of words; the columns of a right factor lie together.
 template <typename T>
 struct Left {
-  const T* data;
+  const Word<T>* data;
   Int row, inner;
 };
 template <typename T>
 struct Right {
-  const T* data;
+  const Word<T>* data;
   Int inner;
 };
 
@@ -55,8 +71,54 @@ struct Terms {
 };
 constexpr Term WHOLE[1] = {{0, 0}};
 
-template <typename T, Int lanes, Int vectors, Int rows>
-inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
+// Rows in far memory that are asked for while a product is computed, as many for each word as it has values; who asks
+// for all of them at once has to wait for them.
+struct Early {
+  const char* data = nullptr;
+  Int row = 0, lines = 0;  // bytes from one row to the next, and cache lines of each
+  Int first = 0, last = 0;  // of the lines for a word, those that one tile asks for
+
+  Early() = default;
+  template <typename T>
+  Early(const T* data, Int row, Int columns)
+      : data((const char*)data), row(row * sizeof(T)), lines(ceil_div(columns * sizeof(T), 64)) {}
+
+  // For the tile of `count` of all rows of the product.
+  Early part(Int values, Int begin, Int count, Int rows) const {
+    Early part = *this;
+    part.first = values * lines * begin / rows;
+    part.last = values * lines * (begin + count) / rows;
+    return part;
+  }
+  template <Int values>
+  void ask(Int word) const {
+    for (Int i = first; i < last; i++) {
+      const Int next = values > 1 && i >= lines;
+      __builtin_prefetch(data + (values * word + next) * row + (i - next * lines) * 64, 0, 2);
+    }
+  }
+};
+
+// Run work(count, first) for rows, as many at a time as a tile has.
+template <typename Work>
+inline __attribute__((always_inline)) void for_rows(Int rows, Work work) {
+  const Int tiles = ceil_div(rows, TALL);
+  for (Int i = 0; i < tiles; i++) {
+    const Int first = rows * i / tiles;
+    switch (rows * (i + 1) / tiles - first) {
+#define ROWS(count)                                    \
+  case count:                                          \
+    work(std::integral_constant<Int, count>{}, first); \
+    break;
+      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
+#undef ROWS
+    }
+  }
+}
+
+template <typename T, Int lanes, Int vectors, Int rows, bool far>
+inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add,
+                                                Early early) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
@@ -66,7 +128,11 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
     for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
       V value[vectors];
       for (Int v = 0; v < vectors; v++) value[v] = *(const V*)(right + v * lanes);
-      for (Int v = 0; v < vectors; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
+      if constexpr (far) {
+        early.ask<1>(k);
+      } else {
+        for (Int v = 0; v < vectors; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
+      }
       for (Int i = 0; i < rows; i++)
         for (Int v = 0; v < vectors; v++) sum[i][v] += left[i * a.row] * value[v];
     }
@@ -76,60 +142,67 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
 }
 
 // As many columns as `vectors` hold, for any number of rows.
-template <typename T, Int lanes, Int vectors>
-void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
-  Int tiles = ceil_div(rows, TALL);
-  for (Int i = 0; i < tiles; i++) {
-    Int first = rows * i / tiles;
-    Left<T> left = {a.data + first * a.row, a.row, a.inner};
-    T* out = c + first * c_row;
-    switch (rows * (i + 1) / tiles - first) {
-#define ROWS(count)                                                  \
-  case count:                                                        \
-    tile<T, lanes, vectors, count>(terms, left, b, out, c_row, add); \
-    break;
-      ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7)
-#undef ROWS
-    }
-  }
+template <typename T, Int lanes, Int vectors, bool far>
+void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add, Early early) {
+  for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
+    const Early part = far ? early.part(1, first, count, rows) : early;
+    tile<T, lanes, vectors, count, far>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row,
+                                        add, part);
+  });
 }
 
-// c (rows, columns) = a b, or c += a b.
-template <typename T>
-void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
-#define STRIP(lanes, vectors)                                      \
-  for (; columns >= lanes * vectors; columns -= lanes * vectors) { \
-    strip<T, lanes, vectors>(rows, terms, a, b, c, c_row, add);    \
-    b.data += lanes * vectors;                                     \
-    c += lanes * vectors;                                          \
+template <typename T, bool far>
+void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add,
+                     Early early) {
+#define COLUMNS(lanes, vectors)                                             \
+  for (; columns >= lanes * vectors; columns -= lanes * vectors) {          \
+    strip<T, lanes, vectors, far>(rows, terms, a, b, c, c_row, add, early); \
+    b.data += lanes * vectors;                                              \
+    c += lanes * vectors;                                                   \
   }
   if constexpr (WIDE == 4) {
-    STRIP(LANES<T>, 4)
-    STRIP(LANES<T>, 3)
+    COLUMNS(LANES<T>, 4)
+    COLUMNS(LANES<T>, 3)
   }
-  STRIP(LANES<T>, 2)
-  STRIP(LANES<T>, 1)
-  if constexpr (LANES<T> > 8) STRIP(8, 1)
-  if constexpr (LANES<T> > 4) STRIP(4, 1)
-  STRIP(1, 1)
-#undef STRIP
+  COLUMNS(LANES<T>, 2)
+  COLUMNS(LANES<T>, 1)
+  if constexpr (LANES<T> > 8) COLUMNS(8, 1)
+  if constexpr (LANES<T> > 4) COLUMNS(4, 1)
+  COLUMNS(1, 1)
+#undef COLUMNS
 }
 
-template <typename T>
-void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, T* c, Int c_row, bool add) {
-  multiply<T>(rows, columns, {WHOLE, 1, inner}, a, b, c, c_row, add);
+template <bool far, typename T, typename Out>
+void multiply_pairs(Int, Int, Terms, Left<T>, Right<T>, Out*, Int, bool, Early);  // in bfloat16.h
+
+// c (rows, columns) = a b, or c += a b, which rounded results cannot be.
+template <typename T, typename Out>
+void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add,
+              Early early = {}) {
+  if constexpr (Arithmetic<T>::values == 1) {
+    const auto run = early.row ? multiply_values<T, true> : multiply_values<T, false>;
+    run(rows, columns, terms, a, b, c, c_row, add, early);
+  } else {
+    const auto run = early.row ? multiply_pairs<true, T, Out> : multiply_pairs<false, T, Out>;
+    run(rows, columns, terms, a, b, c, c_row, add, early);
+  }
+}
+template <typename T, typename Out>
+void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, Out* c, Int c_row, bool add, Early early = {}) {
+  multiply<T>(rows, columns, {WHOLE, 1, inner}, a, b, c, c_row, add, early);
 }
 
 #if defined(__AVX512F__)
 // 16 rows and columns: 4 × 4 squares are brought together by loads, and transposed side by side.
-inline void transpose_square(const float* const* rows, Int column, float* to, Int to_row) {
+inline void transpose_square(const void* const* rows, Int column, void* into, Int to_row) {
+  float* to = (float*)into;
   for (Int c = 0; c < 16; c += 4) {
     __m512 v[4];
     for (Int i = 0; i < 4; i++) {
-      v[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + column + c));
-      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 4] + column + c), 1);
-      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 8] + column + c), 2);
-      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(rows[i + 12] + column + c), 3);
+      v[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float*)rows[i] + column + c));
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps((const float*)rows[i + 4] + column + c), 1);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps((const float*)rows[i + 8] + column + c), 2);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps((const float*)rows[i + 12] + column + c), 3);
     }
     __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
     __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
@@ -151,7 +224,7 @@ void transpose(Int rows, Int columns, const T* from, Int from_row, T* to, Int to
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
       if (i + ROUND <= room) {
-        const T* row[ROUND];
+        const void* row[ROUND];
         for (Int k = 0; k < ROUND; k++) row[k] = from + std::min(i + k, rows - 1) * from_row;
         for (; done + ROUND <= columns; done += ROUND) transpose_square(row, done, to + done * to_row + i, to_row);
       }

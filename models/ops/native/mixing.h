@@ -1,0 +1,142 @@
+// Mixing kernels from cells, a few rows and channels at a time, and its adjoint.
+#pragma once
+
+#include "bfloat16.h"
+#include "problem.h"
+
+namespace {
+
+template <typename T>
+constexpr Int MIXTURES = 40 * Arithmetic<T>::values;  // that a row of the cells is read for: it stays in a cache
+constexpr Int PAD = 16;  // between kernels: at powers of two they would share few lines of the caches
+
+// Ask for a matrix (rows, columns) early, to read or to write.
+template <int write, typename T>
+void ask_for(const T* first, Int rows, Int row, Int columns) {
+  for (Int i = 0; i < rows; i++)
+    for (Int k = 0; k < columns; k += 64 / Int(sizeof(T))) __builtin_prefetch(first + i * row + k, write, 2);
+}
+
+template <typename T>
+constexpr bool PAIRED = Arithmetic<T>::values > 1;
+template <typename T>
+constexpr Int STRIP = WIDE * LANES<T>;  // columns of a product that are computed together
+
+// Rows as a right factor: where they lie, or as words in `room`.
+template <typename T, typename S>
+Right<T> right_factor(Int rows, Int columns, const S* from, Int row, Word<T>* room) {
+  const Int length = round_up(columns);
+  if constexpr (PAIRED<T>) {
+    for (Int i = 0; i < rows; i += 2)
+      pair_rows(columns, from + i * row, i + 1 < rows ? from + (i + 1) * row : nullptr, room + i / 2 * length);
+    return {room, length};
+  } else if constexpr (std::is_same_v<T, S>) {
+    return {from, row};
+  } else {
+    for (Int i = 0; i < rows; i++) widen_row(columns, from + i * row, room + i * length);
+    return {room, length};
+  }
+}
+
+// Columns as the rows of a right factor, `length` words apart.
+template <typename T>
+void turn(Int rows, Int columns, const T* from, Int row, Word<T>* to, Int length) {
+  transpose<Word<T>>(rows, words<T>(columns), (const Word<T>*)from, words<T>(row), to, length, length);
+}
+
+// Room for words of the cells that are mixed at once, if they do not lie in memory like that.
+template <typename T, typename C>
+Int cell_room(const Problem& p) {
+  return std::is_same_v<Word<T>, C> ? 0 : words<T>(p.cells) * STRIP<T>;
+}
+
+// Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Where few
+// mixtures are made of a cell, cells are asked for while those before are mixed: products would ask for them too late.
+template <typename T, typename C>
+void mix_shared(const Problem& p, const T* alpha, const C* cells, Int unit, Int count, Int row, Int rows, Int channel,
+                Int channels, T* out, Int size, Word<T>* room) {
+  const Int mixtures = count * p.parts(), length = words<T>(p.cells);
+  const Word<T>* coefficients = (const Word<T>*)alpha + unit * p.parts() * length;
+  for (Int r = row; r < row + rows; r++, out += channels)
+    for (Int from = 0; from < channels; from += STRIP<T>) {
+      const Int columns = std::min(STRIP<T>, channels - from);
+      const C *first = cells + r * p.cells * p.cin + channel + from;
+      const C *next = from + columns < channels ? first + columns : first - from + p.cells * p.cin;
+      const Right<T> b = right_factor<T>(p.cells, columns, first, p.cin, room);
+      multiply<T>(mixtures, columns, length, {coefficients, length, 1}, b, out + from, size, false,
+                  {next, p.cin, columns});
+    }
+}
+
+// The same where each mixture has cells of its own.
+template <typename T, typename C>
+void mix_folded(const Problem& p, const T* alpha, const C* cells, Int unit, Int count, Int row, Int rows, Int channel,
+                Int channels, T* out, Int size, Word<T>* room) {
+  const Int parts = p.parts(), length = words<T>(p.cells);
+  for (Int r = row; r < row + rows; r++, out += channels)
+    for (Int part = 0; part < parts; part++) {
+      const Int mixture = (unit * p.folded + r * p.folded / p.cout) * parts + part;
+      const Left<T> a = {(const Word<T>*)alpha + mixture * length, p.folded * parts * length, 1};
+      const C* first = cells + (r * p.cells * parts + part) * p.cin + channel;
+      for (Int from = 0; from < channels; from += STRIP<T>) {
+        const Int columns = std::min(STRIP<T>, channels - from);
+        const Right<T> b = right_factor<T>(p.cells, columns, first + from, parts * p.cin, room);
+        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, false);
+      }
+    }
+}
+
+// Where each of `count` parts of a whole begins: at multiples of a unit.
+struct Parts {
+  Int total, count, unit;
+  Int begin(Int part) const { return std::min(ceil_div(total, unit) * part / count * unit, total); }
+  Int size(Int part) const { return begin(part + 1) - begin(part); }
+  Int most() const { return std::min(ceil_div(ceil_div(total, unit), count) * unit, total); }
+};
+
+// Memory for `unmix`: factors as words, cells rounded and turned.
+template <typename T>
+struct Unmixing {
+  Buffer<Word<T>> coefficients, kernels, turned;
+  Buffer<T> rounded;
+
+  Unmixing(const Problem& p, Int mixtures, Int channels)
+      : coefficients(PAIRED<T> ? words<T>(mixtures) * round_up(p.cells) : 0),
+        kernels(PAIRED<T> ? words<T>(mixtures) * round_up(channels) : 0),
+        turned(words<T>(channels) * round_up(p.cells)), rounded(PAIRED<T> ? p.cells * channels : 0) {
+    std::fill_n(turned.data, words<T>(channels) * round_up(p.cells), Word<T>(0));
+  }
+};
+
+// The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α, which
+// are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
+template <typename T>
+void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kernels, Int mixtures, Int rows,
+           Int channels, Int size, bool add, const Unmixing<T>& room, Sum<T>* grad_alpha, Sum<T>* grad_cells) {
+  const Int padded = round_up(p.cells), row = p.cells * p.cin, length = words<T>(p.cells) * Arithmetic<T>::values;
+  const Right<T> turned = {room.turned.data, padded};
+  const Right<T> coefficients = right_factor<T>(mixtures, p.cells, alpha, length, room.coefficients.data);
+  for (Int r = 0; r < rows; r++, kernels += channels, cells += row, grad_cells += row) {
+    const Right<T> received = right_factor<T>(mixtures, channels, kernels, size, room.kernels.data);
+    for (Int cell = 0; cell < p.cells; cell += 2 * TALL) {
+      const Int few = std::min(2 * TALL, p.cells - cell), at = cell * p.cin;
+      ask_for<1>(grad_cells + at + row, few, p.cin, channels);
+      multiply<T>(few, channels, words<T>(mixtures), {coefficients.data + cell, 1, coefficients.inner}, received,
+                  grad_cells + at, p.cin, add);
+    }
+    if constexpr (PAIRED<T>) {
+      round_rows(p.cells, channels, cells, p.cin, room.rounded.data, channels);
+      turn(p.cells, channels, room.rounded.data, channels, room.turned.data, padded);
+    } else {
+      turn(p.cells, channels, cells, p.cin, room.turned.data, padded);
+    }
+    for (Int cell = 0; cell < p.cells; cell += STRIP<T>) {
+      const Early next(cells + row + cell * p.cin, p.cin, channels);
+      multiply<T>(mixtures, std::min(STRIP<T>, padded - cell), words<T>(channels),
+                  {(const Word<T>*)kernels, words<T>(size), 1}, {turned.data + cell, padded}, grad_alpha + cell, padded,
+                  true, next);
+    }
+  }
+}
+
+}  // namespace
