@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .convert import remove_unused_warehouses_
 from .ops.kernel_warehouse import KWLayer, supports
 from .ops.kernel_warehouse.cost import FACTORS, folding_saves
+from .ops.kernel_warehouse.native import folds_natively
 from .ops.native import can_run
 
 
@@ -23,7 +24,8 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
         model: A converted network in evaluation mode at temperature 0.
         x: An input as it will be served; its batch and size decide which layers gain.
         dtype: Type in which products are kept. Half precision halves their memory and rounds each to 3 (bfloat16: 2)
-            significant digits; on a CPU it is slower, since each is widened again when it is read.
+            significant digits. On a CPU, float16 is slower; bfloat16 is faster where batches are small, since half as
+            much is read.
         max_bytes: Most memory that products may take; the layers that gain most per byte come first.
 
     Returns:
@@ -42,7 +44,7 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
     width = (dtype or x.dtype).itemsize
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
     native = can_run(x.device.type, x.dtype)
-    folded_native = native and dtype in (None, x.dtype)
+    folded_native = folds_natively(dtype or x.dtype, x.dtype, x.device.type)
     gains = {}
     for name, positions in _positions(model, layers, x).items():
         layer = layers[name]

@@ -124,8 +124,8 @@ def check_case(case: Case, side: int, implementations: Sequence[str], device: to
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
-    worst = check_parity(net, x, ("auto", *(name for name in implementations if name != FOLDED)))
-    if FOLDED in implementations:
+    worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in FOLDED)))
+    if FOLDED.keys() & set(implementations):
         net, x = net.double().eval(), x.double()
         with torch.no_grad():
             y = net(x)
@@ -161,7 +161,7 @@ def time_networks(
     """Time everything that was asked for; the networks of one mode, precision and batch come together."""
     for case in cases:
         contenders = case.pair.contenders(arguments.implementation)
-        built = {contender: contender.build(device) for contender in contenders if contender.name != FOLDED}
+        built = {contender: contender.build(device) for contender in contenders if contender.name not in FOLDED}
         config = case.pair.converted
         budget = config.kw.get("cell_num_ratio", KWConfig().cell_num_ratio)
         for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
@@ -208,7 +208,7 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
 def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Print a table of layers for each mode, precision and batch, and return what JSON keeps."""
     (case,) = read_cases(arguments)
-    parity = check_case(case, 64, [*layers.names(device), FOLDED], device)
+    parity = check_case(case, 64, [*layers.names(device), "folded"], device)
     print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
@@ -237,7 +237,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=_positive(int), nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     add("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
     add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
-    names = [*(name for name in IMPLEMENTATIONS if name != "grouped"), FOLDED]
+    names = [*(name for name in IMPLEMENTATIONS if name != "grouped"), *FOLDED]
     add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
     add("--size", type=_positive(int), metavar="N", help="side of the images; default: the configuration's")
     add("--rounds", type=_positive(int), default=7, metavar="N", help="default: %(default)s")

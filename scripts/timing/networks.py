@@ -15,7 +15,8 @@ from kernelwarehouse.schema import load_config
 from .clock import HALF
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-UPSTREAM, FOLDED = "upstream", "folded"
+UPSTREAM = "upstream"
+FOLDED = {"folded": None, "folded-bf16": torch.bfloat16}  # and the type of products, None for that of the precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class Contender:
     """One network in one memory layout.
 
     Attributes:
-        name: What the table calls it: static, upstream, ours, folded, or an implementation that is forced.
+        name: What the table calls it: static, upstream, ours, one of `FOLDED`, or an implementation that is forced.
         config: Its configuration.
         layout: Memory layout of weights and images, a name in `LAYOUTS`.
         implementation: As `set_implementation`; None for the static network.
@@ -50,9 +51,11 @@ class Contender:
         return net
 
     def build_for(self, images: Tensor, precision: str) -> nn.Module:
-        """Build the network to run on such images; "folded" is folded for them, in the type of the precision."""
+        """Build the network to run on such images; the folded ones are folded for them."""
         net = self.build(images.device)
-        return fold_(net.eval(), images, dtype=HALF.get(precision)) if self.name == FOLDED else net
+        if self.name not in FOLDED:
+            return net
+        return fold_(net.eval(), images, dtype=FOLDED[self.name] or HALF.get(precision))
 
     def images(self, batch: int, device: torch.device) -> Tensor:
         """Random images (batch, in_chans, side, side) in the contender's layout."""
@@ -103,7 +106,7 @@ class Pair:
 
     def contenders(self, implementations: Sequence[str] = ()) -> list[Contender]:
         """The static network, upstream's formulation as upstream lays it out, ours, and what else is asked for."""
-        ours = {"ours": "auto", **{name: "auto" if name == FOLDED else name for name in implementations}}
+        ours = {"ours": "auto", **{name: "auto" if name in FOLDED else name for name in implementations}}
         return [
             *(Contender("static", self.static, layout) for layout in LAYOUTS),
             Contender(UPSTREAM, self.converted, "NCHW", "grouped"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..exporting import exporting
+from ..native import can_run, mean
 
 EPSILON = 1e-3
 
@@ -37,6 +38,9 @@ class _Pool(torch.autograd.Function):
 
 
 def _mean(x: Tensor) -> Tensor:
+    # Torch adds bfloat16 several times more slowly than single precision, and autocast makes a copy of that first.
+    if x.dtype == torch.bfloat16 and can_run(x.device.type, x.dtype) and not exporting():
+        return mean(x).to(x.dtype)
     return x.flatten(2).mean(dim=2)
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dynamic_conv import dynamic_conv_from_geometry
 from ..exporting import exporting
 from ..geometry import Geometry
-from ..native import can_run
+from ..native import can_run, has_tiles
 from .cost import cheapest
 from .fused import fused_conv
 from .inputs import inputs_conv
@@ -100,7 +100,8 @@ def computing_type(x: Tensor) -> torch.dtype:
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
     """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
     names = ["kernels", "streamed", "inputs"]
-    if can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32):
+    native = can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32)
+    if native and not (x.dtype == torch.bfloat16 and has_tiles()):
         names.append("native")
     names = [name for name in names if supports(name, partition, geometry)]
     if len(names) == 1:

@@ -1,11 +1,12 @@
 """Operators in C++, for a CPU: how they are compiled, and what they are called with.
 
-`convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`, `depthwise.cpp` with given ones, for
-`dynamic_conv`.
+`convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`, and `gradients.cpp` is its adjoint by
+coefficients and cells; `depthwise.cpp` convolves with given kernels, for `dynamic_conv`. They compute in single and
+double precision, and in bfloat16 where the processor multiplies that.
 """
 
-from .images import from_pixels, pixels, room_for_pixels
-from .library import NativeError, call, can_run, library, sum_type
+from .images import from_pixels, mean, pixels, room_for_pixels
+from .library import NativeError, call, can_run, has_tiles, library, sum_type
 from .problem import output_size, problem, window_of
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "call",
     "can_run",
     "from_pixels",
+    "has_tiles",
     "library",
+    "mean",
     "output_size",
     "pixels",
     "problem",

@@ -42,6 +42,19 @@ inline void put(T* to, Vector<Sum<T>, lanes> values) {
   }
 }
 
+// Run work(lanes, registers, channel) for as many channels at a time as some registers hold.
+template <typename T, typename Work>
+void for_channels(Int first, Int last, Work work) {
+#define STRIP(lanes, vectors)                                         \
+  for (; first + lanes * vectors <= last; first += lanes * vectors)   \
+    work(std::integral_constant<Int, lanes>{}, std::integral_constant<Int, vectors>{}, first);
+  STRIP(LANES<T>, WIDE)
+  STRIP(LANES<T>, 1)
+  if constexpr (LANES<T> > 4) STRIP(4, 1)
+  STRIP(1, 1)
+#undef STRIP
+}
+
 inline void widen_row(Int columns, const bfloat16* from, float* to) {
   Int i = 0;
   for (; i + LANES<float> <= columns; i += LANES<float>) put<LANES<float>>(to + i, widen<LANES<float>>(from + i));

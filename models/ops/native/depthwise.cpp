@@ -32,19 +32,6 @@ Int find_rows(const Lines& lines, Int line, Int channels, Row* rows) {
   return count;
 }
 
-// Run work(lanes, registers, channel) for as many channels at a time as some registers hold.
-template <typename T, typename Work>
-void for_channels(Int first, Int last, Work work) {
-#define STRIP(lanes, vectors)                                         \
-  for (; first + lanes * vectors <= last; first += lanes * vectors)   \
-    work(std::integral_constant<Int, lanes>{}, std::integral_constant<Int, vectors>{}, first);
-  STRIP(LANES<T>, WIDE)
-  STRIP(LANES<T>, 1)
-  if constexpr (LANES<T> > 4) STRIP(4, 1)
-  STRIP(1, 1)
-#undef STRIP
-}
-
 // Sum what `pixels` neighbours, from number i on, read through the taps of a run in all rows.
 template <typename T, Int lanes, Int vectors, Int pixels>
 inline __attribute__((always_inline)) void gather(const Axis& axis, const Run& run, const Row* rows, Int count,

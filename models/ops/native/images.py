@@ -1,4 +1,4 @@
-"""Images with channels last, as the operators read and write them, from and to either layout."""
+"""Images with channels last, as the operators read and write them, from and to either layout; and their means."""
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ def from_pixels(values: Tensor, images: Tensor) -> Tensor:
     if values.data_ptr() == images.data_ptr():
         return images
     return _reorder(values.flatten(1, -2), images)
+
+
+@torch.library.custom_op("kernelwarehouse::mean", mutates_args=())
+def mean(images: Tensor) -> Tensor:
+    """The means of images (B, C, *spatial) of bfloat16 over space, (B, C), summed in single precision."""
+    means = _empty_means(images)
+    channels_last = images.movedim(1, -1).is_contiguous()
+    values = images.movedim(1, -1).flatten(1, -2) if channels_last else images.contiguous().flatten(2)
+    call("mean_of_rows" if channels_last else "mean_of_columns", *values.shape, values, means)
+    return means
+
+
+@mean.register_fake
+def _empty_means(images: Tensor) -> Tensor:
+    return images.new_empty(images.shape[:2], dtype=torch.float32)
 
 
 def _reorder(matrices: Tensor, out: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
     return obstacle is None
 
 
+@torch.compiler.assume_constant_result
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX): torch's products use them, the library does not."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 @functools.cache
 def _obstacle(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
