@@ -23,7 +23,9 @@ _INSTRUCTIONS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 # OpenMP's and C's functions are those of the process: torch's threads work here too, and none but them.
-_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-fPIC", "-shared", "-nodefaultlibs"]
+# Pairs of bfloat16 are read as words, which strict aliasing forbids.
+_FLAGS = ["-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fno-exceptions", "-fno-rtti"]
+_FLAGS += ["-fPIC", "-shared", "-nodefaultlibs"]
 
 
 class NativeError(RuntimeError):

@@ -50,8 +50,8 @@ Int cell_room(const Problem& p) {
   return std::is_same_v<Word<T>, C> ? 0 : words<T>(p.cells) * STRIP<T>;
 }
 
-// Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Where few
-// mixtures are made of a cell, cells are asked for while those before are mixed: products would ask for them too late.
+// Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Cells are
+// asked for while those before are mixed.
 template <typename T, typename C>
 void mix_shared(const Problem& p, const T* alpha, const C* cells, Int unit, Int count, Int row, Int rows, Int channel,
                 Int channels, T* out, Int size, Word<T>* room) {
@@ -77,11 +77,14 @@ void mix_folded(const Problem& p, const T* alpha, const C* cells, Int unit, Int 
     for (Int part = 0; part < parts; part++) {
       const Int mixture = (unit * p.folded + r * p.folded / p.cout) * parts + part;
       const Left<T> a = {(const Word<T>*)alpha + mixture * length, p.folded * parts * length, 1};
-      const C* first = cells + (r * p.cells * parts + part) * p.cin + channel;
+      const C *first = cells + (r * p.cells * parts + part) * p.cin + channel, *next_part = first + p.cin;
+      if (part == parts - 1) next_part += (p.cells - 1) * parts * p.cin;
       for (Int from = 0; from < channels; from += STRIP<T>) {
         const Int columns = std::min(STRIP<T>, channels - from);
+        const C* next = from + columns < channels ? first + from + columns : next_part;
         const Right<T> b = right_factor<T>(p.cells, columns, first + from, parts * p.cin, room);
-        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, false);
+        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, false,
+                    {next, parts * p.cin, columns});
       }
     }
 }
