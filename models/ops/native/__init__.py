@@ -1,6 +1,6 @@
 """Operators in C++, for a CPU: how they are compiled, and what they are called with.
 
-`convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`, and `gradients.cpp` is its adjoint by
+`convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`, and `gradients.h` is its adjoint by
 coefficients and cells; `depthwise.cpp` convolves with given kernels, for `dynamic_conv`. They compute in single and
 double precision, and in bfloat16 where the processor multiplies that.
 """

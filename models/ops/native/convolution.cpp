@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include "axis.h"
+#include "gradients.h"
 #include "mixing.h"
 
 namespace {
@@ -214,22 +215,24 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
 
 }  // namespace
 
-#define EXPORT(name, T, C)                                                                                          \
-  extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) {     \
-    convolve(p, threads, alpha, cells, x, y);                                                                       \
+#define EXPORT_CONVOLVE(name, T, C)                                                                             \
+  extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) { \
+    convolve(p, threads, alpha, cells, x, y);                                                                   \
   }
-#define EXPORT_GRADIENT(T)                                                                                           \
-  extern "C" void gradient_of_x_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells,              \
-                                    const T* grad, T* grad_x) {                                                      \
-    gradient_of_x(p, threads, alpha, cells, grad, grad_x);                                                           \
+#define EXPORT(T)                                                                                                      \
+  EXPORT_CONVOLVE(convolve, T, Sum<T>)                                                                                 \
+  extern "C" void gradient_of_x_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells, const T* grad, \
+                                    T* grad_x) {                                                                       \
+    gradient_of_x(p, threads, alpha, cells, grad, grad_x);                                                             \
+  }                                                                                                                    \
+  extern "C" void gradients_of_mixing_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells,          \
+                                          const T* x, const T* grad, Sum<T>* grad_alpha, Sum<T>* grad_cells) {         \
+    gradients_of_mixing(p, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                                    \
   }
-EXPORT(convolve, float, float)
-EXPORT(convolve, double, double)
-EXPORT(convolve_rounded, float, bfloat16)
-EXPORT_GRADIENT(float)
-EXPORT_GRADIENT(double)
+EXPORT(float)
+EXPORT(double)
+EXPORT_CONVOLVE(convolve_rounded, float, bfloat16)
 #if defined(__AVX512BF16__)
-EXPORT(convolve, bfloat16, float)
-EXPORT(convolve_rounded, bfloat16, bfloat16)
-EXPORT_GRADIENT(bfloat16)
+EXPORT(bfloat16)
+EXPORT_CONVOLVE(convolve_rounded, bfloat16, bfloat16)
 #endif

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise", "gradients", "images")]
-_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "mixing", "problem", "product")]
+_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise", "images")]
+_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "gradients", "mixing", "problem", "product")]
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -153,7 +153,7 @@ def _compile(command: list[str], path: Path) -> None:
     if done.returncode:
         partial.unlink(missing_ok=True)
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise NativeError(f"{command[0]} could not compile it ({lines[0].strip()}); it takes GCC 9 or later")
+        raise NativeError(f"{command[0]} could not compile it ({lines[0].strip()}); it takes GCC 10 or later")
     os.replace(partial, path)  # whole or not at all: other processes may be looking for it
 
 

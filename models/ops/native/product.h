@@ -154,21 +154,21 @@ void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool a
 template <typename T, bool far>
 void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add,
                      Early early) {
-#define COLUMNS(lanes, vectors)                                             \
+#define COLUMNS(lanes, vectors, far)                                        \
   for (; columns >= lanes * vectors; columns -= lanes * vectors) {          \
     strip<T, lanes, vectors, far>(rows, terms, a, b, c, c_row, add, early); \
     b.data += lanes * vectors;                                              \
     c += lanes * vectors;                                                   \
   }
   if constexpr (WIDE == 4) {
-    COLUMNS(LANES<T>, 4)
-    COLUMNS(LANES<T>, 3)
+    COLUMNS(LANES<T>, 4, far)
+    COLUMNS(LANES<T>, 3, far)
   }
-  COLUMNS(LANES<T>, 2)
-  COLUMNS(LANES<T>, 1)
-  if constexpr (LANES<T> > 8) COLUMNS(8, 1)
-  if constexpr (LANES<T> > 4) COLUMNS(4, 1)
-  COLUMNS(1, 1)
+  COLUMNS(LANES<T>, 2, far)
+  COLUMNS(LANES<T>, 1, far)
+  if constexpr (LANES<T> > 8) COLUMNS(8, 1, false)
+  if constexpr (LANES<T> > 4) COLUMNS(4, 1, false)
+  COLUMNS(1, 1, false)
 #undef COLUMNS
 }
 
@@ -180,7 +180,7 @@ template <typename T, typename Out>
 void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add,
               Early early = {}) {
   if constexpr (Arithmetic<T>::values == 1) {
-    const auto run = early.row ? multiply_values<T, true> : multiply_values<T, false>;
+    const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
     run(rows, columns, terms, a, b, c, c_row, add, early);
   } else {
     const auto run = early.row ? multiply_pairs<true, T, Out> : multiply_pairs<false, T, Out>;

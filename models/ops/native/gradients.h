@@ -1,6 +1,7 @@
 // The gradients of mixing, on a CPU: of the coefficients and the cells of kernels that a convolution was done with.
 //
 // Gradients of kernels exist for a few rows and channels at a time, as the kernels do in `convolution.cpp`.
+#pragma once
 
 #include <omp.h>
 
@@ -140,14 +141,3 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
 }
 
 }  // namespace
-
-#define EXPORT(T)                                                                                                      \
-  extern "C" void gradients_of_mixing_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells,          \
-                                          const T* x, const T* grad, Sum<T>* grad_alpha, Sum<T>* grad_cells) {         \
-    gradients_of_mixing(p, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                                    \
-  }
-EXPORT(float)
-EXPORT(double)
-#if defined(__AVX512BF16__)
-EXPORT(bfloat16)
-#endif
