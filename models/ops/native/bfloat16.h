@@ -100,13 +100,14 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
 }
 
 template <bool far, typename T, typename Out>
-void multiply_pairs(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add, Early early) {
+void multiply_pairs(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add,
+                    Early early) {
   const auto strip = [&](auto vectors) {
     const __mmask16 last = lanes(columns - (vectors - 1) * 16);
     for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
       const Early part = far ? early.part(2, first, count, rows) : early;
-      tile<Out, vectors, count, far>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row, last, add,
-                                 part);
+      const Left<T> left = {a.data + first * a.row, a.row, a.inner};
+      tile<Out, vectors, count, far>(terms, left, b, c + first * c_row, c_row, last, add, part);
     });
   };
   for (; columns > 48; columns -= 64, b.data += 64, c += 64) strip(std::integral_constant<Int, 4>{});

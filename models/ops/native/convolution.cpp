@@ -122,8 +122,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
                   apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), channel > 0,
                            terms.data);
                 } else {
-                  apply<T>(lines, line, last_line, pixels, kernels, &sums[(unit - first_unit) * p.pixels() * rows], rows,
-                           channel > 0, terms.data);
+                  Sum<T>* summed = &sums[(unit - first_unit) * p.pixels() * rows];
+                  apply<T>(lines, line, last_line, pixels, kernels, summed, rows, channel > 0, terms.data);
                 }
               }
             }

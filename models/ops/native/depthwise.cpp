@@ -168,7 +168,7 @@ void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, co
         const Int first = strips * part / parts * ROUND, last = std::min(strips * (part + 1) / parts * ROUND, p.cin);
         const T *image = x + sample * p.image_in(), *received = grad + sample * p.image_out();
         Sum<T>* out = grad_kernels + sample * p.parts() * p.cin;
-        for (Int tap = 0; tap < p.parts(); tap++) std::fill(out + tap * p.cin + first, out + tap * p.cin + last, Sum<T>(0));
+        for (Int tap = 0; tap < p.parts(); tap++) std::fill_n(out + tap * p.cin + first, last - first, Sum<T>(0));
         for (Int line = 0; line < lines.count; line++, received += p.output[2] * p.cin) {
           const Int count = find_rows(lines, line, p.cin, rows.data);
           for_channels<T>(first, last, [&](auto lanes, auto vectors, Int c) {

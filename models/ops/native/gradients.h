@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr Int PIXEL_WORDS = 64;  // words of pixels that are put together at once
+constexpr Int PIXELS = 128;  // that are summed over at once, and stay in the first-level cache for all rows
 
 // Memory for `correlate`.
 template <typename T>
@@ -20,80 +20,84 @@ struct Correlating {
   Buffer<Sum<T>> sums, turned;
 
   Correlating(const Lines& lines, Int rows, Int channels)
-      : terms(lines.count), grad(PAIRED<T> ? lines.count * words<T>(lines.width.count) * round_up(rows) : 0),
-        x(PAIRED<T> ? (words<T>(lines.width.count) + PIXEL_WORDS) * round_up(channels) : 0),
-        sums(PAIRED<T> ? rows * channels : 0), turned(channels * round_up(rows)) {}
+      : terms(PIXELS), grad(PAIRED<T> ? lines.count * words<T>(lines.width.count) * round_up(rows) : 0),
+        x(PAIRED<T> ? PIXELS * round_up(channels) : 0), sums(PAIRED<T> ? rows * channels : 0),
+        turned(channels * round_up(rows)) {}
 };
 
-#if defined(__AVX512BF16__)
-// One tap of `correlate`, with `in` what the first pixel reads through it: words of the pixels of a few lines at a time.
-inline void correlate_pairs(const Problem& p, const Lines& lines, const Tap& d, const Tap& h, const Tap& w,
-                            const bfloat16* in, Int rows, Int channels, bfloat16* kernel, bool turned,
-                            const Correlating<bfloat16>& room) {
-  const Int pixels = lines.width.count, line = words<bfloat16>(pixels), step = p.pixel_step();
-  const Int together = std::max<Int>(PIXEL_WORDS / line, 1), piece = together > 1 ? pixels : 2 * PIXEL_WORDS;
-  const Int row_length = round_up(rows), length = round_up(channels);
-  bool add = false;
+// Part of the pixels of an output: some lines of them from (depth, height) on, in each those from `first` to `last`.
+struct Patch {
+  Int depth, height, lines, first, last;
+  Int pixels() const { return last - first; }
+};
+
+// Visit the patches that read through a tap; words of two pixels begin at even ones, and may reach beyond the tap.
+template <typename T, typename Visit>
+void for_patches(const Lines& lines, const Tap& d, const Tap& h, const Tap& w, Visit visit) {
+  const Int begin = PAIRED<T> ? 0 : w.first, end = PAIRED<T> ? lines.width.count : w.last;
+  const Int together = std::max<Int>(PIXELS / (end - begin + 1), 1);
   for (Int i = d.first; i < d.last; i++)
     for (Int j = h.first; j < h.last; j += together)
-      for (Int first = 0; first < pixels; first += piece) {
-        const Int last = std::min(first + piece, pixels), few = std::min(together, h.last - j);
-        uint32_t* read = room.x.data;
-        for (Int k = j; k < j + few; k++) {
-          const bfloat16* from = in + lines.read(i, k, 0) * p.channels_in();
-          const auto pixel = [&](Int n) { return n >= w.first && n < w.last ? from + n * step : nullptr; };
-          for (Int n = first; n < last; n += 2, read += length) pair_rows(channels, pixel(n), pixel(n + 1), read);
-        }
-        const uint32_t* received = &room.grad[((i * lines.height.count + j) * line + first / 2) * row_length];
-        const Int inner = (read - room.x.data) / length;
-        if (turned) {
-          multiply<bfloat16>(channels, rows, inner, {room.x.data, 1, length}, {received, row_length}, room.turned.data,
-                             row_length, add);
-        } else {
-          multiply<bfloat16>(rows, channels, inner, {received, 1, row_length}, {room.x.data, length}, room.sums.data,
-                             channels, add);
-        }
-        add = true;
-      }
-  if (turned) transpose(channels, rows, room.turned.data, row_length, room.sums.data, channels, channels);
-  round_rows(rows, channels, room.sums.data, channels, kernel, channels);
+      for (Int first = begin; first < end; first += PIXELS)
+        visit(Patch{i, j, std::min(together, h.last - j), first, std::min(first + PIXELS, end)});
 }
-#endif
 
-// The gradients (parts, rows, channels), `size` values apart, of the kernels of one sample and block of outputs;
-// to `turn` them is to put neighbouring rows into a register.
+// The gradients (parts, rows, channels), `size` values apart, of the kernels of one sample and block of outputs; where
+// they are `turned`, neighbouring rows are in a register.
 template <typename T>
 void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, Int rows, Int channels, T* kernels,
                Int size, bool turned, const Correlating<T>& room) {
   const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
   const Int row_step = p.channels_out(), channel_step = p.pixel_step();
+  const Int row_length = round_up(rows), length = round_up(channels), line = words<T>(width.count);
   if (depth.taps * height.taps * width.taps * p.blocks_in < p.parts()) std::fill_n(kernels, p.parts() * size, T{});
-  if constexpr (PAIRED<T>) {
-    const Int row_length = round_up(rows), line = words<T>(width.count);
-    for (Int i = 0; i < lines.count; i++)
-      right_factor<T>(width.count, rows, grad + i * width.count * row_step, row_step, &room.grad[i * line * row_length]);
-  }
+  if constexpr (PAIRED<T>)
+    for (Int i = 0; i < lines.count; i++) {
+      const T* from = grad + i * width.count * row_step;
+      right_factor<T>(width.count, rows, from, row_step, &room.grad[i * line * row_length]);
+    }
   lines.for_taps(depth.all(), height.all(), width.all(), [&](const Tap& d, const Tap& h, const Tap& w) {
     for (Int block = 0; block < p.blocks_in; block++) {
       T* kernel = kernels + (lines.number(d, h, w) * p.blocks_in + block) * size;
       const T* in = x + lines.ahead(d, h, w) * p.channels_in() + block * p.cin;
-      if constexpr (PAIRED<T>) {
-        correlate_pairs(p, lines, d, h, w, in, rows, channels, kernel, turned, room);
-      } else {
-        Terms pixels = {room.terms.data, 0, w.last - w.first};
-        for (Int i = d.first; i < d.last; i++)
-          for (Int j = h.first; j < h.last; j++) {
-            const Int received = lines.pixel(i, j, w.first) * row_step;
-            const Int read = lines.read(i, j, w.first) * p.channels_in();
-            room.terms[pixels.count++] = turned ? Term{read, received} : Term{received, read};
-          }
+      bool add = false;
+      // Sums over `terms` of products of what pixels have received and what they read.
+      const auto sum = [&](Terms terms, Left<T> received, Right<T> grads, Left<T> seen, Right<T> read, auto* out) {
         if (turned) {
-          multiply<T>(channels, rows, pixels, {in, 1, channel_step}, {grad, row_step}, room.turned.data, round_up(rows),
-                      false);
-          transpose<T>(channels, rows, room.turned.data, round_up(rows), kernel, channels, channels);
+          multiply<T>(channels, rows, terms, seen, grads, room.turned.data, row_length, add);
         } else {
-          multiply<T>(rows, channels, pixels, {grad, 1, row_step}, {in, channel_step}, kernel, channels, false);
+          multiply<T>(rows, channels, terms, received, read, out, channels, add);
         }
+        add = true;
+      };
+      for_patches<T>(lines, d, h, w, [&](const Patch& patch) {
+        if constexpr (PAIRED<T>) {
+          Word<T>* to = room.x.data;
+          for (Int k = patch.height; k < patch.height + patch.lines; k++) {
+            const T* from = in + lines.read(patch.depth, k, 0) * p.channels_in();
+            const auto pixel = [&](Int n) { return n >= w.first && n < w.last ? from + n * channel_step : nullptr; };
+            for (Int n = patch.first; n < patch.last; n += 2, to += length)
+              pair_rows(channels, pixel(n), pixel(n + 1), to);
+          }
+          const Int number = (patch.depth * height.count + patch.height) * line + patch.first / 2;
+          const Word<T>* received = &room.grad[number * row_length];
+          sum({WHOLE, 1, (to - room.x.data) / length}, {received, 1, row_length}, {received, row_length},
+              {room.x.data, 1, length}, {room.x.data, length}, room.sums.data);
+        } else {
+          for (Int k = 0; k < patch.lines; k++) {
+            const Int received = lines.pixel(patch.depth, patch.height + k, patch.first) * row_step;
+            const Int read = lines.read(patch.depth, patch.height + k, patch.first) * p.channels_in();
+            room.terms[k] = turned ? Term{read, received} : Term{received, read};
+          }
+          sum({room.terms.data, patch.lines, patch.pixels()}, {grad, 1, row_step}, {grad, row_step},
+              {in, 1, channel_step}, {in, channel_step}, kernel);
+        }
+      });
+      if constexpr (PAIRED<T>) {
+        if (turned) transpose(channels, rows, room.turned.data, row_length, room.sums.data, channels, channels);
+        round_rows(rows, channels, room.sums.data, channels, kernel, channels);
+      } else if (turned) {
+        transpose<T>(channels, rows, room.turned.data, row_length, kernel, channels, channels);
       }
     }
   });
@@ -107,7 +111,10 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most(), length = words<T>(p.cells);
   const bool turned = p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
-  const Int row_parts = std::max(ceil_div(p.cout, turned ? STRIP<T> : 3 * TALL * Arithmetic<T>::values),
+  // More rows at a time read the image less often, which counts where a strip of it leaves the cache.
+  const bool large = p.pixels() * STRIP<T> * Int(sizeof(T)) > 128 << 10;
+  const Int tall = (PAIRED<T> || large ? 6 : 3) * TALL;
+  const Int row_parts = std::max(ceil_div(p.cout, turned ? STRIP<T> : tall),
                                  std::min(p.cout, ceil_div(threads, channel_parts)));
   const Parts all_rows = {p.cout, row_parts, turned ? LANES<T> : 1};
   const Int together = ceil_div(units, ceil_div(units * parts, MIXTURES<T>)), most_rows = all_rows.most();

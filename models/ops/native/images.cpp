@@ -30,7 +30,8 @@ void mean_of_rows(Int batch, Int rows, Int columns, Int threads, const T* x, Sum
         const T* from = x + image * rows * columns + column;
         for (Int row = 0; row < rows; row++, from += columns)
           for (Int v = 0; v < vectors; v++) sum[v] += widen<lanes>(from + v * lanes);
-        for (Int v = 0; v < vectors; v++) put<lanes>(means + image * columns + column + v * lanes, sum[v] / Sum<T>(rows));
+        Sum<T>* to = means + image * columns + column;
+        for (Int v = 0; v < vectors; v++) put<lanes>(to + v * lanes, sum[v] / Sum<T>(rows));
       });
 }
 
