@@ -17,7 +17,9 @@ from torch import Tensor
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 _SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise", "images")]
-_HEADERS = [Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "gradients", "mixing", "problem", "product")]
+_HEADERS = [
+    Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "gradients", "mixing", "problem", "product")
+]
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
