@@ -2,7 +2,8 @@
 
 It does what `streamed` does without its copies: no columns are written, and what a core mixes at once fits in its own
 cache. For cells that span one position of the kernel, in single and double precision, and in bfloat16 where the
-processor multiplies that: α, kernels and images are rounded to it then; sums, cells and their gradients are not.
+processor multiplies that: α, images, kernels and their gradients are rounded to it then; sums and the gradients of
+cells are not.
 """
 
 import ctypes
