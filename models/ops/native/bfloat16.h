@@ -1,4 +1,4 @@
-// Products of bfloat16, two values at a time, summed in single precision.
+// Values of bfloat16, and their products, two at a time and summed in single precision.
 //
 // A word holds a value and the next one along what is summed over. Left factors lie in memory that way; right factors
 // are put together from rows, whose own length is filled up to whole registers.
@@ -42,23 +42,10 @@ inline void put(T* to, Vector<Sum<T>, lanes> values) {
   }
 }
 
-// Run work(lanes, registers, channel) for as many channels at a time as some registers hold.
-template <typename T, typename Work>
-void for_channels(Int first, Int last, Work work) {
-#define STRIP(lanes, vectors)                                         \
-  for (; first + lanes * vectors <= last; first += lanes * vectors)   \
-    work(std::integral_constant<Int, lanes>{}, std::integral_constant<Int, vectors>{}, first);
-  STRIP(LANES<T>, WIDE)
-  STRIP(LANES<T>, 1)
-  if constexpr (LANES<T> > 4) STRIP(4, 1)
-  STRIP(1, 1)
-#undef STRIP
-}
-
 inline void widen_row(Int columns, const bfloat16* from, float* to) {
-  Int i = 0;
-  for (; i + LANES<float> <= columns; i += LANES<float>) put<LANES<float>>(to + i, widen<LANES<float>>(from + i));
-  for (; i < columns; i++) put<1>(to + i, widen<1>(from + i));
+  for_columns<float>(0, columns, [&](auto lanes, auto vectors, Int first) {
+    for (Int i = first; i < first + lanes * vectors; i += lanes) put<lanes>(to + i, widen<lanes>(from + i));
+  });
 }
 
 #if defined(__AVX512BF16__)

@@ -177,24 +177,17 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
           mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
                         channels, mixed.data, size, cell_words.data);
           for (Int sample = first; sample < last; sample++) {
-            Kernels<T> kernels = {paired.data, channels, round_up(channels), 0, 0};
-            Int kernel_size = words<T>(rows) * kernels.row + PAD;
             const T* own = mixed.data + (sample - first) * mixtures * size;
-            if constexpr (PAIRED<T>) {
-              for (Int i = 0; i < mixtures; i++)
-                right_factor<T>(rows, channels, own + i * size, channels, paired.data + i * kernel_size);
-            } else {
-              kernels = {own, channels, channels, 0, 0};
-              kernel_size = size;
-            }
-            kernels.tap = p.blocks_in * kernel_size;
-            kernels.block = parts * kernel_size;
+            const Int kernel_size = PAIRED<T> ? words<T>(rows) * round_up(channels) + PAD : size;
+            const Right<T> kernels = right_factor<T>(rows, channels, own, channels, paired.data);
+            for (Int i = 1; i < mixtures; i++)
+              right_factor<T>(rows, channels, own + i * size, channels, paired.data + i * kernel_size);
             const Pixels<T> pixels(grad + sample * p.image_out() + row, p.channels_out(), p.blocks_out, rows, p.cout);
             for (Int phase = 0; phase < phases; phase++) {
               const Lines lines(p, phase);
               for (Int block = 0; block < p.blocks_in; block++) {
-                Kernels<T> these = kernels;
-                these.data += block * kernel_size;
+                const Kernels<T> these = {kernels.data + block * kernel_size, channels, kernels.inner,
+                                          p.blocks_in * kernel_size, parts * kernel_size};
                 if (direct) {
                   apply<T>(lines, 0, lines.count, pixels, these, input(sample, block), p.channels_in(), row > 0,
                            terms.data);

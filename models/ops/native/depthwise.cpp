@@ -79,7 +79,7 @@ void gather_lines(const Lines& lines, Int part, Int parts, Int channels, const T
   for (Int line = lines.count * part / parts; line < lines.count * (part + 1) / parts; line++) {
     const Int count = find_rows(lines, line, channels, rows);
     T* to = out + lines.pixel(line / lines.height.count, line % lines.height.count, 0) * channels;
-    for_channels<T>(0, channels, [&](auto lanes, auto vectors, Int c) {
+    for_columns<T>(0, channels, [&](auto lanes, auto vectors, Int c) {
       gather_line<T, lanes, vectors>(lines.width, rows, count, channels, image + c, kernel + c, to + c);
     });
   }
@@ -171,7 +171,7 @@ void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, co
         for (Int tap = 0; tap < p.parts(); tap++) std::fill_n(out + tap * p.cin + first, last - first, Sum<T>(0));
         for (Int line = 0; line < lines.count; line++, received += p.output[2] * p.cin) {
           const Int count = find_rows(lines, line, p.cin, rows.data);
-          for_channels<T>(first, last, [&](auto lanes, auto vectors, Int c) {
+          for_columns<T>(first, last, [&](auto lanes, auto vectors, Int c) {
             for (Int r = 0; r < count; r++)
               correlate_line<T, lanes, vectors>(lines.width, p.cin, image + rows[r].line + c, received + c,
                                                 out + rows[r].kernel + c);

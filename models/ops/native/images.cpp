@@ -25,7 +25,7 @@ void mean_of_rows(Int batch, Int rows, Int columns, Int threads, const T* x, Sum
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
   for (Int image = 0; image < batch; image++)
     for (Int i = 0; i < strips; i++)
-      for_channels<T>(i * strip, std::min((i + 1) * strip, columns), [&](auto lanes, auto vectors, Int column) {
+      for_columns<T>(i * strip, std::min((i + 1) * strip, columns), [&](auto lanes, auto vectors, Int column) {
         Vector<Sum<T>, lanes> sum[vectors] = {};
         const T* from = x + image * rows * columns + column;
         for (Int row = 0; row < rows; row++, from += columns)

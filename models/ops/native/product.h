@@ -99,6 +99,19 @@ struct Early {
   }
 };
 
+// Run work(lanes, registers, column) for as many columns at a time as some registers hold.
+template <typename T, typename Work>
+void for_columns(Int first, Int last, Work work) {
+#define COLUMNS(lanes, vectors)                                     \
+  for (; first + lanes * vectors <= last; first += lanes * vectors) \
+    work(std::integral_constant<Int, lanes>{}, std::integral_constant<Int, vectors>{}, first);
+  COLUMNS(LANES<T>, WIDE)
+  COLUMNS(LANES<T>, 1)
+  if constexpr (LANES<T> > 4) COLUMNS(4, 1)
+  COLUMNS(1, 1)
+#undef COLUMNS
+}
+
 // Run work(count, first) for rows, as many at a time as a tile has.
 template <typename Work>
 inline __attribute__((always_inline)) void for_rows(Int rows, Work work) {
