@@ -1,7 +1,7 @@
 """What a convolution's arguments mean: checked once, shared by every implementation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str = "zeros"
+    _left: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        equal = self.padding_mode == "zeros" and all(a == b for a, b in self.padding)
+        vars(self)["_left"] = tuple(a for a, _ in self.padding) if equal else None
 
     @classmethod
     def of(
@@ -73,18 +78,17 @@ class Geometry:
 
     def split_padding(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return x and the padding left for torch's convolution, which knows equal zeros on both sides only."""
-        if self.padding_mode == "zeros" and all(a == b for a, b in self.padding):
-            return x, tuple(a for a, _ in self.padding)
-        return self.pad(x), (0,) * len(self.padding)
+        return (self.pad(x), (0,) * len(self.padding)) if self._left is None else (x, self._left)
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
-        return tuple(
-            (n + a + b - d * (k - 1) - 1) // s + 1
-            for n, (a, b), d, k, s in zip(
-                input_size, self.padding, self.dilation, kernel_size, self.stride, strict=True
-            )
-        )
+        sizes = zip(input_size, self.padding, self.dilation, kernel_size, self.stride, strict=True)
+        return tuple(output_length(n, k, s, a + b, d) for n, (a, b), d, k, s in sizes)
+
+
+def output_length(length: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a convolution along one dimension, with the padding of both sides together."""
+    return (length + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
 def check_operands(x: Tensor, weight: Tensor, geometry: Geometry) -> None:

@@ -13,7 +13,18 @@ from torch.autograd.function import once_differentiable
 
 from ..geometry import Geometry
 from ..images import empty_images
-from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, sum_type, window_of
+from ..native import (
+    call,
+    can_run,
+    from_pixels,
+    operator,
+    output_size,
+    pixels,
+    problem,
+    room_for_pixels,
+    sum_type,
+    window_of,
+)
 from .batched import grouped_dynamic_conv
 
 
@@ -52,42 +63,42 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx, x: Tensor, kernels: Tensor, window: Sequence[int]):
         ctx.save_for_backward(x, kernels)
         ctx.window = window
-        return _depthwise(x, kernels, window)
+        return convolve_depthwise(x, kernels, window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *_gradients(grad, *ctx.saved_tensors, ctx.window), None
+        return *depthwise_gradients(grad, *ctx.saved_tensors, ctx.window), None
 
 
-@torch.library.custom_op("kernelwarehouse::depthwise", mutates_args=())
-def _depthwise(x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
-    y = _empty_output(x, kernels, window)
-    values = room_for_pixels(y)
-    call("depthwise", _sizes(x, y, window), kernels.contiguous(), pixels(x), values, dtype=x.dtype)
-    return from_pixels(values, y)
-
-
-@_depthwise.register_fake
 def _empty_output(x: Tensor, _kernels: Tensor, window: Sequence[int]) -> Tensor:
     return empty_images(x, x.shape[1], output_size(x.shape[2:], window))
 
 
-@torch.library.custom_op("kernelwarehouse::depthwise_gradients", mutates_args=())
-def _gradients(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor]:
-    sizes, received = _sizes(x, grad, window), pixels(grad)
-    grad_x, grad_kernels = _empty_gradients(grad, x, kernels, window)
-    values = room_for_pixels(grad_x)
-    call("depthwise_gradient_of_x", sizes, kernels.contiguous(), received, values, dtype=x.dtype)
-    call("depthwise_gradient_of_kernels", sizes, pixels(x), received, grad_kernels)
-    return from_pixels(values, grad_x), grad_kernels
+@operator("depthwise", fake=_empty_output)
+def convolve_depthwise(x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
+    """y (B, C, *output spatial) of kernels (B, taps, C), of the type in which x is summed, and a `window_of` them."""
+    y = _empty_output(x, kernels, window)
+    values = room_for_pixels(y)
+    call("depthwise", [_sizes(x, y, window)], (kernels.contiguous(), pixels(x), values), x.dtype)
+    return from_pixels(values, y)
 
 
-@_gradients.register_fake
 def _empty_gradients(_grad: Tensor, x: Tensor, kernels: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
     grad_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format)
     return empty_images(x, x.shape[1], x.shape[2:]), grad_kernels
 
 
+@operator("depthwise_gradients", fake=_empty_gradients)
+def depthwise_gradients(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Those of x and of the kernels, given that of `convolve_depthwise`'s result."""
+    sizes, received = [_sizes(x, grad, window)], pixels(grad)
+    grad_x, grad_kernels = _empty_gradients(grad, x, kernels, window)
+    values = room_for_pixels(grad_x)
+    call("depthwise_gradient_of_x", sizes, (kernels.contiguous(), received, values), x.dtype)
+    call("depthwise_gradient_of_kernels", sizes, (pixels(x), received, grad_kernels))
+    return from_pixels(values, grad_x), grad_kernels
+
+
 def _sizes(x: Tensor, y: Tensor, window: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return problem((len(x), 1, 1, 0, x.shape[1], x.shape[1]), x.shape[2:], y.shape[2:], window)
+    return problem((x.shape[0], 1, 1, 0, x.shape[1], x.shape[1]), x.shape[2:], y.shape[2:], window)

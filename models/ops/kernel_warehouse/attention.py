@@ -39,7 +39,8 @@ class _Pool(torch.autograd.Function):
 
 def _mean(x: Tensor) -> Tensor:
     # Torch adds bfloat16 several times more slowly than single precision, and autocast makes a copy of that first.
-    if x.dtype == torch.bfloat16 and can_run(x.device.type, x.dtype) and not exporting():
+    compiled = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
+    if can_run(x.device.type, x.dtype) and not exporting() and not compiled:
         return mean(x).to(x.dtype)
     return x.flatten(2).mean(dim=2)
 

@@ -10,10 +10,12 @@ moves one byte, so that writing and reading one value costs 400, and putting it 
 convolution has not run on a GPU yet and is taken only by name; the native one cannot.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..geometry import Geometry
@@ -67,10 +69,27 @@ FACTORS = {
 
 def cheapest(names: Sequence[str], partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
     """The one of these implementations that has the least `costs` for images x (B, Cin, *spatial)."""
-    factors = FACTORS.get(x.device.type, FACTORS["cuda"])
-    positions = math.prod(geometry.output_size(x.shape[2:], partition.kernel[2:]))
-    layout = {"groups": geometry.groups, "channels_last": x.stride(1) == 1}
-    estimates = costs(partition, num_cells, len(x), positions, x.element_size(), factors, **layout)
+    # A compiler looks through the cache, and would say so.
+    find = _cheapest.__wrapped__ if torch.compiler.is_compiling() else _cheapest
+    layout = x.element_size(), x.stride(1) == 1, x.device.type
+    return find(tuple(names), partition, geometry, num_cells, tuple(x.shape), *layout)
+
+
+@functools.lru_cache(1024)
+def _cheapest(
+    names: tuple[str, ...],
+    partition: Partition,
+    geometry: Geometry,
+    num_cells: int,
+    shape: tuple[int, ...],
+    itemsize: int,
+    channels_last: bool,
+    device: str,
+) -> str:
+    factors = FACTORS.get(device, FACTORS["cuda"])
+    positions = math.prod(geometry.output_size(shape[2:], partition.kernel[2:]))
+    layout = {"groups": geometry.groups, "channels_last": channels_last}
+    estimates = costs(partition, num_cells, shape[0], positions, itemsize, factors, **layout)
     return min(names, key=estimates.__getitem__)
 
 

@@ -10,6 +10,7 @@ from .attention import EPSILON, Attention, pool
 from .folded import fold_products, folded_conv, folded_kernels
 from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import cut, mix
+from .native_attention import attends_natively, native_attention
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
@@ -97,10 +98,17 @@ class KWLayer(nn.Module):
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             y = folded_conv(self.attention, self.products, x, self.partition, self.geometry)
         else:
-            pooled, x = pool(x)
-            alpha = self.attention(pooled, self.warehouses.temperature)
+            alpha, x = self._attend(x)
             y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """α for x, and x, to be used in place of it from here on."""
+        temperature = self.warehouses.temperature
+        if self.implementation in ("auto", "native") and attends_natively(self.attention, x):
+            return native_attention(self.attention, x, temperature)
+        pooled, x = pool(x)
+        return self.attention(pooled, temperature), x
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""

@@ -76,7 +76,7 @@ def mixed_conv(
     dtype = computing_type(x)
     alpha, x = alpha.to(dtype), x.to(dtype)
     if implementation == "auto":
-        implementation = choose(partition, geometry, len(cells), x)
+        implementation = choose(partition, geometry, cells.shape[0], x)
     elif not supports(implementation, partition, geometry):
         implementation = "kernels"
     run = IMPLEMENTATIONS[implementation]
@@ -104,6 +104,8 @@ def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) 
     if native and not (x.dtype == torch.bfloat16 and has_tiles()):
         names.append("native")
     names = [name for name in names if supports(name, partition, geometry)]
+    if geometry.groups > 1:
+        return names[-1]
     if len(names) == 1:
         return names[0]  # without a look at the batch, which has no number in a graph for export
     return cheapest(names, partition, geometry, num_cells, x)
@@ -113,11 +115,13 @@ def supports(implementation: str, partition: Partition, geometry: Geometry) -> b
     """Whether an implementation can compute a convolution.
 
     A graph for export must not depend on the size that it happens to be made with, and takes whole kernels. So does a
-    grouped convolution, since the output channels of one cell may read different inputs. Tiles, by whatever means, need
-    cells that span one position of the kernel.
+    grouped convolution, since the output channels of one cell may read different inputs; a depthwise one is native too.
+    Tiles, by whatever means, need cells that span one position of the kernel.
     """
     if implementation not in ("streamed", "native", "fused", "inputs"):
         return True
-    if exporting() or geometry.groups > 1:
+    if exporting():
         return False
-    return implementation == "inputs" or all(size == 1 for size in partition.cell[2:])
+    if geometry.groups > 1:
+        return implementation == "native" and partition.by_positions and partition.kernel[:2] == (geometry.groups, 1)
+    return implementation == "inputs" or partition.by_positions

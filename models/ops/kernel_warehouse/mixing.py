@@ -47,8 +47,10 @@ def mix_rows(attention: Tensor, cells: Tensor, out: Tensor | None = None) -> Ten
 def by_output_blocks(attention: Tensor, partition: Partition) -> Tensor:
     """α (B, m, n) as (B, blocks of output channels, positions of the kernel · blocks of input channels, n)."""
     *spatial, blocks_out, blocks_in = partition.grid
-    split = attention.unflatten(1, (math.prod(spatial), blocks_out, blocks_in))
-    return split.transpose(1, 2).flatten(2, 3)
+    batch, _, num_cells = attention.shape
+    positions = math.prod(spatial)
+    split = attention.reshape(batch, positions, blocks_out, blocks_in, num_cells).transpose(1, 2)
+    return split.reshape(batch, blocks_out, positions * blocks_in, num_cells)
 
 
 def cut(kernel: Tensor, partition: Partition) -> Tensor:

@@ -15,29 +15,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dynamic_conv import dynamic_conv_from_geometry
 from ..geometry import Geometry
 from ..images import empty_images
-from ..native import call, can_run, from_pixels, output_size, pixels, problem, room_for_pixels, sum_type, window_of
-from .mixing import by_output_blocks
+from ..native import (
+    call,
+    can_run,
+    from_pixels,
+    operator,
+    output_size,
+    pixels,
+    problem,
+    room_for_pixels,
+    sum_type,
+    window_of,
+)
+from .depthwise import depthwise_conv
+from .mixing import by_output_blocks, mix
 from .partition import Partition
 from .streamed import streamed_conv
 
 
 def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
-    """y[b] = conv(x[b], W[b]); arguments, result and order of the gradient as `streamed_conv`.
+    """y[b] = conv(x[b], W[b]); arguments, result and order of the gradient as `streamed_conv`, or depthwise.
 
-    Streaming takes over where this cannot run, which is said once.
+    Others take over where this cannot run, which is said once.
 
     Raises:
         ValueError: An input that is smaller than the kernel.
     """
+    kind = sum_type(x.dtype)
     if not can_run(x.device.type, x.dtype, warn=True):
+        if geometry.groups > 1:
+            return dynamic_conv_from_geometry(x, mix(alpha, cells, partition), None, geometry)
         return streamed_conv(alpha, cells, x, partition, geometry)
+    if geometry.groups > 1:
+        return depthwise_conv(alpha.to(kind), cells.to(kind), x, partition, geometry)
     if not _in_pairs(x, partition):
         return native_conv(alpha.float(), cells, x.float(), partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
     alpha = by_output_blocks(alpha, partition)
-    return _NativeConv.apply(alpha, cells.to(sum_type(x.dtype)), x, window_of(partition.kernel[2:], geometry, padding))
+    window = window_of(partition.kernel[2:], geometry, padding)
+    if not torch.is_grad_enabled():
+        return _convolve(alpha, cells.to(kind).transpose(0, 1), x, window, False)
+    return _NativeConv.apply(alpha, cells.to(kind), x, window)
 
 
 def native_folded_conv(
@@ -94,38 +115,42 @@ class _NativeConv(torch.autograd.Function):
         return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, None
 
 
-@torch.library.custom_op("kernelwarehouse::native_conv", mutates_args=())
+def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+    size = output_size(x.shape[2:], window)
+    return empty_images(x, rows.shape[0] * (1 if folded else alpha.shape[1]), size)
+
+
+@operator("native_conv", fake=_output)
 def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
     """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin)."""
     y = _output(alpha, rows, x, window, folded)
     values = room_for_pixels(y)
     sizes = _problem(alpha, x, y, window, folded)
     function = "convolve_rounded" if rows.dtype == torch.bfloat16 else "convolve"
-    call(function, sizes, _coefficients(alpha), rows.contiguous(), pixels(x), values)
+    call(function, [sizes], (_coefficients(alpha), rows.contiguous(), pixels(x), values))
     return from_pixels(values, y)
 
 
-@_convolve.register_fake
-def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
-    size = output_size(x.shape[2:], window)
-    return empty_images(x, len(rows) * (1 if folded else alpha.shape[1]), size)
-
-
-@torch.library.custom_op("kernelwarehouse::native_conv_gradient_of_x", mutates_args=())
-def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    grad_x = empty_images(x, x.shape[1], x.shape[2:])
-    values = room_for_pixels(grad_x)
-    rows = cells.transpose(0, 1).contiguous()
-    call("gradient_of_x", _problem(alpha, x, grad, window), _coefficients(alpha), rows, pixels(grad), values)
-    return from_pixels(values, grad_x)
-
-
-@_gradient_of_x.register_fake
-def _(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
+def _like_x(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
     return empty_images(x, x.shape[1], x.shape[2:])
 
 
-@torch.library.custom_op("kernelwarehouse::native_conv_gradients_of_mixing", mutates_args=())
+@operator("native_conv_gradient_of_x", fake=_like_x)
+def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    grad_x = _like_x(grad, alpha, cells, x, window)
+    values = room_for_pixels(grad_x)
+    rows = cells.transpose(0, 1).contiguous()
+    call("gradient_of_x", [_problem(alpha, x, grad, window)], (_coefficients(alpha), rows, pixels(grad), values))
+    return from_pixels(values, grad_x)
+
+
+def _like_mixing(
+    _grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(alpha, memory_format=torch.contiguous_format), _like_cells(cells)
+
+
+@operator("native_conv_gradients_of_mixing", fake=_like_mixing)
 def _gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -134,13 +159,9 @@ def _gradients_of_mixing(
     grad_alpha = alpha.new_zeros(threads, *alpha.shape[:3], n, dtype=cells.dtype)
     grad_cells = _like_cells(cells)
     operands = _coefficients(alpha), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
-    call("gradients_of_mixing", _problem(alpha, x, grad, window), *operands, grad_alpha, grad_cells.transpose(0, 1))
+    results = grad_alpha, grad_cells.transpose(0, 1)
+    call("gradients_of_mixing", [_problem(alpha, x, grad, window)], operands + results)
     return grad_alpha.sum(0)[..., : len(cells)].contiguous().to(alpha.dtype), grad_cells
-
-
-@_gradients_of_mixing.register_fake
-def _(_grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(alpha, memory_format=torch.contiguous_format), _like_cells(cells)
 
 
 def _coefficients(alpha: Tensor) -> Tensor:
@@ -163,5 +184,5 @@ def _problem(
     """The sizes for α (B, blocks of output channels, parts, n)."""
     _, alpha_blocks, parts, n = alpha.shape
     blocks_out, blocks_in = 1 if folded else alpha_blocks, parts // math.prod(window[:3])
-    counts = len(x), blocks_out, blocks_in, n, y.shape[1] // blocks_out, x.shape[1] // blocks_in
+    counts = x.shape[0], blocks_out, blocks_in, n, y.shape[1] // blocks_out, x.shape[1] // blocks_in
     return problem(counts, x.shape[2:], y.shape[2:], window, alpha_blocks if folded else 0)

@@ -6,7 +6,7 @@ block of output channels, block of input channels).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,16 @@ class Partition:
     Attributes:
         kernel: (Cout, Cin/groups, *k).
         cell: (cout, cin, *c), which divides `kernel` entry by entry.
+        grid: Cells along (*k, Cout, Cin/groups): the order in which mixtures are numbered.
+        mixtures: Number m of cells in the kernel.
+        by_positions: Whether cells span one position of the kernel.
     """
 
     kernel: tuple[int, ...]
     cell: tuple[int, ...]
+    grid: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    mixtures: int = field(init=False, repr=False, compare=False)
+    by_positions: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if len(self.kernel) != len(self.cell) or len(self.kernel) < 3:
@@ -28,17 +34,9 @@ class Partition:
             raise ValueError(f"kernel {self.kernel} and cell {self.cell} must have positive sizes")
         if any(k % c for k, c in zip(self.kernel, self.cell, strict=True)):
             raise ValueError(f"cells {self.cell} do not divide the kernel {self.kernel}")
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Cells along (*k, Cout, Cin/groups): the order in which mixtures are numbered."""
         counts = [k // c for k, c in zip(self.kernel, self.cell, strict=True)]
-        return (*counts[2:], counts[0], counts[1])
-
-    @property
-    def mixtures(self) -> int:
-        """Number m of cells in the kernel."""
-        return math.prod(self.grid)
+        derived = {"grid": (*counts[2:], *counts[:2]), "mixtures": math.prod(counts)}
+        vars(self).update(derived, by_positions=max(self.cell[2:]) == 1)  # found once, as they are asked for often
 
 
 def share_cells(mixtures: Sequence[int], num_cells: int) -> list[int]:

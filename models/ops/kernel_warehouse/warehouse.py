@@ -56,7 +56,7 @@ class Warehouses(nn.Module):
 
     def cells(self, name: str) -> nn.Parameter:
         """The cells (n, cout, cin, *c) of a warehouse."""
-        return self.get_parameter(name)
+        return getattr(self, name)
 
     def keep(self, names: Collection[str]) -> None:
         """Drop the cells of all warehouses but these."""

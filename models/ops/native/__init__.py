@@ -5,18 +5,23 @@ coefficients and cells; `depthwise.cpp` convolves with given kernels, for `dynam
 double precision, and in bfloat16 where the processor multiplies that.
 """
 
-from .images import from_pixels, mean, pixels, room_for_pixels
+from .images import from_pixels, in_either_layout, pixels, room_for_pixels
 from .library import NativeError, call, can_run, has_tiles, library, sum_type
+from .means import attention_sizes, mean
+from .operator import operator
 from .problem import output_size, problem, window_of
 
 __all__ = [
     "NativeError",
+    "attention_sizes",
     "call",
     "can_run",
     "from_pixels",
     "has_tiles",
+    "in_either_layout",
     "library",
     "mean",
+    "operator",
     "output_size",
     "pixels",
     "problem",

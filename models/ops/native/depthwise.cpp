@@ -1,4 +1,4 @@
-// The depthwise convolution with a kernel for every sample, and its gradients, on a CPU.
+// The depthwise convolution with a kernel for every sample, and its gradients, on a CPU; and mixing such kernels.
 //
 // Images and kernels are channels last: a register holds neighbouring channels of a pixel, and images are read where
 // they lie. Some pixels of a line are summed at once.
@@ -181,7 +181,34 @@ void depthwise_gradient_of_kernels(const Problem& p, Int threads, const T* x, co
   }
 }
 
+// Kernels (rows, channels) of a depthwise convolution, mixed from cells (channels, cells) by α (rows, cells).
+template <typename S>
+void mix_depthwise(Int rows, Int cells, Int channels, Int threads, const S* alpha, const S* values, S* kernels) {
+  constexpr Int strip = WIDE * LANES<S>, most = 6 * TALL;
+  const Int strips = ceil_div(channels, strip), blocks = ceil_div(rows, most);
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer<S> turned(cells * strip);
+#pragma omp for collapse(2) schedule(static)
+    for (Int i = 0; i < strips; i++)
+      for (Int block = 0; block < blocks; block++) {
+        const Int row = block * most, channel = i * strip, width = std::min(strip, channels - channel);
+        transpose<S>(width, cells, values + channel * cells, cells, turned.data, strip, strip);
+        multiply<S>(std::min(most, rows - row), width, cells, Left<S>{alpha + row * cells, cells, 1},
+                    Right<S>{turned.data, strip}, kernels + row * channels + channel, channels, false);
+      }
+  }
+}
+
 }  // namespace
+
+#define EXPORT_MIX(T)                                                                                         \
+  extern "C" void mix_depthwise_##T(Int rows, Int cells, Int channels, Int threads, const T* alpha, const T* values, \
+                                    T* kernels) {                                                             \
+    mix_depthwise(rows, cells, channels, threads, alpha, values, kernels);                                    \
+  }
+EXPORT_MIX(float)
+EXPORT_MIX(double)
 
 #define EXPORT(T)                                                                                                     \
   extern "C" void depthwise_##T(const Problem& p, Int threads, const Sum<T>* kernels, const T* x, T* y) {             \

@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("convolution", "depthwise", "images")]
+_ARGUMENTS = {int: ctypes.c_int64, float: ctypes.c_double}
+_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("attention", "convolution", "depthwise", "images")]
 _HEADERS = [
     Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "gradients", "mixing", "problem", "product")
 ]
@@ -74,25 +76,30 @@ def sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def call(function: str, *arguments: ctypes.Array | int | Tensor, dtype: torch.dtype | None = None) -> None:
+def call(
+    function: str,
+    sizes: Sequence[ctypes.Array | int | float],
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Run a function of the library for a type, with torch's number of threads.
 
     Args:
         function: Its name, without the type.
-        *arguments: As the C++ function has them but for the threads; tensors are contiguous, or given as the memory
-            that is written.
+        sizes: What the C++ function takes before the threads.
+        tensors: What it takes after them: contiguous, or given as the memory that is written.
         dtype: The type; that of the first tensor by default.
     """
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    values = [_value(argument) for argument in arguments]
-    values.insert(len(values) - len(tensors), ctypes.c_int64(torch.get_num_threads()))
-    getattr(library(), f"{function}_{_TYPES[dtype or tensors[0].dtype]}")(*values)
+    run = _function(function, dtype or tensors[0].dtype)
+    if run.argtypes is None:
+        run.argtypes = [_ARGUMENTS.get(type(size), ctypes.c_void_p) for size in (*sizes, 1)]
+        run.argtypes += [ctypes.c_void_p] * len(tensors)
+    run(*sizes, torch.get_num_threads(), *[None if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-def _value(argument: ctypes.Array | int | Tensor) -> object:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return library()[f"{name}_{_TYPES[dtype]}"]
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Sequence
 
-from ..geometry import Geometry
+from ..geometry import Geometry, output_length
 
 
 def window_of(kernel_size: Sequence[int], geometry: Geometry, padding: Sequence[int]) -> list[int]:
@@ -21,11 +21,14 @@ def output_size(input_size: Sequence[int], window: Sequence[int]) -> tuple[int, 
     Raises:
         ValueError: An input that is smaller than the kernel.
     """
-    dims = len(input_size)
-    taps, stride, padding, dilation = (window[i + 3 - dims : i + 3] for i in range(0, 12, 3))
-    size = Geometry(stride, tuple((p, p) for p in padding), dilation, 1).output_size(input_size, taps)
+    axes = range(3 - len(input_size), 3)
+    size = tuple(
+        output_length(length, window[i], window[3 + i], 2 * window[6 + i], window[9 + i])
+        for i, length in zip(axes, input_size, strict=True)
+    )
     if min(size) < 1:
-        raise ValueError(f"an input of {tuple(input_size)} is too small for a kernel of {tuple(taps)}")
+        kernel_size = tuple(window[i] for i in axes)
+        raise ValueError(f"an input of {tuple(input_size)} is too small for a kernel of {kernel_size}")
     return size
 
 

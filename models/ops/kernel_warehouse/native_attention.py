@@ -1,0 +1,140 @@
+"""The attention in C++, for a CPU: one call from images to coefficients where torch takes a dozen.
+
+A small layer's convolution takes as long as two or three of torch's operators, so that each of them counts.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..exporting import exporting
+from ..native import attention_sizes, call, can_run, in_either_layout, operator, sum_type
+from .attention import EPSILON, Attention, AttentionBatchNorm1d, pool
+
+
+def attends_natively(attention: Attention, x: Tensor) -> bool:
+    """Whether `native_attention` can compute what the module would, and nobody is looking at it."""
+    fc2 = attention._modules["fc2"]  # ten times as fast as by the attribute
+    return (
+        not (torch.compiler.is_compiling() or exporting())
+        and can_run(x.device.type, x.dtype)
+        and type(fc2) is nn.Linear
+        and fc2.weight.dtype == sum_type(x.dtype)
+        and not attention.num_basis
+        and not (_has_any_global_hook() or _hooks(attention) or _hooks(fc2))
+    )
+
+
+def native_attention(attention: Attention, x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """α (B, m, n), in single precision at least, and x, to be used in place of it from here on.
+
+    Args:
+        attention: One that `attends_natively`.
+        x: Images, (B, C, *spatial), of a type that `can_run`.
+        temperature: τ, a scalar tensor.
+    """
+    fc1, norm, fc2 = (attention._modules[name] for name in ("fc1", "norm", "fc2"))
+    last = *fc2._parameters.values(), attention.assignment, temperature
+    plain = type(fc1) is nn.Linear and type(norm) in (AttentionBatchNorm1d, nn.LayerNorm)
+    if torch.is_grad_enabled() or norm.training or not plain or _hooks(fc1) or _hooks(norm):
+        pooled, x = pool(x)
+        hidden = attention.hidden(pooled)
+        return _Coefficients.apply(hidden.to(fc2.weight.dtype), *last), x
+    running = norm._buffers  # of a LayerNorm there are none
+    first = *fc1._parameters.values(), running.get("running_mean"), running.get("running_var")
+    return _attention(x, *first, *norm._parameters.values(), norm.eps, *last), x
+
+
+def _hooks(module: nn.Module) -> dict:
+    return module._forward_hooks or module._forward_pre_hooks
+
+
+class _Coefficients(torch.autograd.Function):
+    """`Attention` from h (B, hidden) on; the gradient is of first order only."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor):
+        ctx.save_for_backward(hidden, weight, bias, temperature.clone())  # which is changed after every step
+        return _coefficients(hidden, weight, bias, assignment, temperature)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return *_coefficients_gradients(grad, *ctx.saved_tensors), None, None
+
+
+def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Tensor, _temperature: Tensor) -> Tensor:
+    return assignment.new_empty(hidden.shape[0], *assignment.shape)
+
+
+@operator("coefficients", fake=_empty_alpha)
+def _coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
+    alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
+    operands = [value.contiguous() for value in (hidden, weight, bias, assignment, temperature)]
+    call("coefficients", (_sizes(hidden, alpha), EPSILON), (*operands, alpha))
+    return alpha
+
+
+def _empty_gradients(
+    _grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, _temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in (hidden, weight, bias))
+
+
+@operator("coefficients_gradients", fake=_empty_gradients)
+def _coefficients_gradients(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, grad_weight, grad_bias = _empty_gradients(grad, hidden, weight, bias, temperature)
+    grad_hidden = hidden.new_zeros(torch.get_num_threads(), *hidden.shape)
+    operands = [value.contiguous() for value in (grad, hidden, weight, bias, temperature)]
+    call("coefficients_gradients", (_sizes(hidden, grad), EPSILON), (*operands, grad_hidden, grad_weight, grad_bias))
+    return grad_hidden.sum(0), grad_weight, grad_bias
+
+
+def _sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return attention_sizes((hidden.shape[0], 1), True, hidden.shape[1], *alpha.shape[1:])
+
+
+def _empty_coefficients(
+    x: Tensor,
+    _weight1: Tensor,
+    _bias1: Tensor | None,
+    _mean: Tensor | None,
+    _variance: Tensor | None,
+    _scale: Tensor,
+    _shift: Tensor,
+    _norm_eps: float,
+    _weight2: Tensor,
+    _bias2: Tensor,
+    assignment: Tensor,
+    _temperature: Tensor,
+) -> Tensor:
+    return assignment.new_empty(x.shape[0], *assignment.shape)
+
+
+@operator("attention", fake=_empty_coefficients)
+def _attention(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    norm_eps: float,
+    weight2: Tensor,
+    bias2: Tensor,
+    assignment: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    alpha = assignment.new_empty(x.shape[0], *assignment.shape)
+    x, channels_last = in_either_layout(x)
+    sizes = attention_sizes(x.shape, channels_last, weight1.shape[0], *assignment.shape, mean is None)
+    parameters = weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
+    contiguous = [value if value is None else value.contiguous() for value in parameters]
+    call("attention", (sizes, norm_eps, EPSILON), (x, *contiguous, alpha))
+    return alpha
