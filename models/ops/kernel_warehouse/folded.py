@@ -19,8 +19,9 @@ from ..images import empty_images
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention, pool
 from .mixed_conv import computing_type
-from .mixing import mix_rows
+from .mixing import by_output_blocks, mix_rows
 from .native import folds_natively, native_folded_conv
+from .native_attention import folds_attention_natively, native_folded_attention
 from .partition import Partition
 from .streamed import tiles
 
@@ -50,15 +51,16 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
+    kind = computing_type(x)
+    if not (torch.is_grad_enabled() or exporting()) and folds_natively(products.dtype, kind, x.device.type):
+        alpha = _coefficients(attention, x).to(kind)
+        return native_folded_conv(alpha, products, x.to(kind), partition, geometry)
     pooled, x = pool(x)
     if exporting():
         return dynamic_conv_from_geometry(x, folded_kernels(attention, products, pooled, partition), None, geometry)
-    hidden, scales = _hidden_and_scales(attention, pooled, partition)
-    x = x.to(computing_type(x))
-    hidden, scales = hidden.to(x.dtype), scales.to(x.dtype)
-    if not torch.is_grad_enabled() and folds_natively(products.dtype, x.dtype, x.device.type):
-        return native_folded_conv(hidden, scales, products, x, partition, geometry)
-    x = geometry.pad(x)
+    hidden, scales = (value.to(kind) for value in _hidden_and_scales(attention, pooled))
+    scales = by_output_blocks(scales.unsqueeze(2), partition).squeeze(3)
+    x = geometry.pad(x.to(kind))
     geometry = Geometry(geometry.stride, ((0, 0),) * len(geometry.stride), geometry.dilation, geometry.groups)
     kernel_size = partition.kernel[2:]
     cells = products.transpose(1, 2)  # (blocks, r + 1, cout, K): for each block, r + 1 cells that are whole kernels
@@ -79,7 +81,8 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
 
 def folded_kernels(attention: Attention, products: Tensor, pooled: Tensor, partition: Partition) -> Tensor:
     """The kernels (B, Cout, Cin, *k) for the means (B, Cin) of inputs, assembled: plain, for export and comparison."""
-    hidden, scales = _hidden_and_scales(attention, pooled, partition)
+    hidden, scales = _hidden_and_scales(attention, pooled)
+    scales = by_output_blocks(scales.unsqueeze(2), partition).squeeze(3)
     mixed = torch.einsum("bk,oqkp->boqp", hidden, products.to(hidden.dtype))
     mixed = mixed.unflatten(3, (scales.shape[2], -1)) * scales[:, :, None, :, None]
     kernels = mixed.flatten(1, 2).reshape(
@@ -88,10 +91,16 @@ def folded_kernels(attention: Attention, products: Tensor, pooled: Tensor, parti
     return kernels.movedim(-1, 2)
 
 
-def _hidden_and_scales(attention: Attention, pooled: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
-    """[h; 1] as (B, r + 1), and s as (B, blocks of output channels, taps · input blocks)."""
+def _coefficients(attention: Attention, x: Tensor) -> Tensor:
+    """s [h; 1], (B, m, r + 1)."""
+    if folds_attention_natively(attention, x):
+        return native_folded_attention(attention, x)
+    hidden, scales = _hidden_and_scales(attention, pool(x)[0])
+    return scales.unsqueeze(2) * hidden.unsqueeze(1)
+
+
+def _hidden_and_scales(attention: Attention, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """[h; 1] as (B, r + 1), and s as (B, m)."""
     hidden = attention.hidden(pooled)
     total = attention.total(attention.logits(hidden)).squeeze(2)
-    *_, blocks_out, blocks_in = partition.grid
-    scales = (1 / (total + EPSILON)).reshape(pooled.shape[0], -1, blocks_out, blocks_in).transpose(1, 2).flatten(2)
-    return F.pad(hidden, (0, 1), value=1.0), scales
+    return F.pad(hidden, (0, 1), value=1.0), 1 / (total + EPSILON)

@@ -61,26 +61,22 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     return _NativeConv.apply(alpha, cells.to(kind), x, window)
 
 
-def native_folded_conv(
-    hidden: Tensor, scales: Tensor, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry
-) -> Tensor:
+def native_folded_conv(alpha: Tensor, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
     """The same with W[b] mixed from products of attention and cells (see `folded`); without a gradient.
 
     Args:
-        hidden: [h; 1], (B, r + 1).
-        scales: s, (B, blocks of output channels, taps · input blocks).
+        alpha: s [h; 1], (B, m, r + 1).
         products: G, (blocks of output channels, cout, r + 1, taps · input blocks · cin), of the type of x or, where
             that is bfloat16, in single precision.
-        x: (B, Cin, *spatial), of a type that `can_run`, as hidden and scales.
+        x: (B, Cin, *spatial), of a type that `can_run`, as α.
         partition: How the kernel is cut.
         geometry: The convolution's arguments.
     """
     if not _in_pairs(x, partition):
-        operands = hidden.float(), scales.float(), products.float(), x.float()
-        return native_folded_conv(*operands, partition, geometry).to(x.dtype)
+        return native_folded_conv(alpha.float(), products.float(), x.float(), partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
-    alpha = scales.unsqueeze(3) * hidden[:, None, None]
-    return _convolve(alpha, products.flatten(0, 1), x, window_of(partition.kernel[2:], geometry, padding), True)
+    window = window_of(partition.kernel[2:], geometry, padding)
+    return _convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, window, True)
 
 
 def folds_natively(products: torch.dtype, x: torch.dtype, device: str) -> bool:

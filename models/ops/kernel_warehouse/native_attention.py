@@ -4,6 +4,7 @@ A small layer's convolution takes as long as two or three of torch's operators, 
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,37 @@ def native_attention(attention: Attention, x: Tensor, temperature: Tensor) -> tu
         x: Images, (B, C, *spatial), of a type that `can_run`.
         temperature: τ, a scalar tensor.
     """
-    fc1, norm, fc2 = (attention._modules[name] for name in ("fc1", "norm", "fc2"))
+    fc2 = attention._modules["fc2"]
     last = *fc2._parameters.values(), attention.assignment, temperature
-    plain = type(fc1) is nn.Linear and type(norm) in (AttentionBatchNorm1d, nn.LayerNorm)
-    if torch.is_grad_enabled() or norm.training or not plain or _hooks(fc1) or _hooks(norm):
+    if torch.is_grad_enabled() or not _is_whole(attention):
         pooled, x = pool(x)
-        hidden = attention.hidden(pooled)
-        return _Coefficients.apply(hidden.to(fc2.weight.dtype), *last), x
-    running = norm._buffers  # of a LayerNorm there are none
-    first = *fc1._parameters.values(), running.get("running_mean"), running.get("running_var")
-    return _attention(x, *first, *norm._parameters.values(), norm.eps, *last), x
+        return _Coefficients.apply(attention.hidden(pooled).to(fc2.weight.dtype), *last), x
+    return _attention(x, *_first(attention), *last), x
+
+
+def native_folded_attention(attention: Attention, x: Tensor) -> Tensor:
+    """The coefficients s [h; 1] of a folded layer (see `folded`), (B, m, r + 1); arguments as `native_attention`."""
+    parameters = attention._modules["fc2"]._parameters.values()
+    return _folded_attention(x, *_first(attention), *parameters, attention.mixtures)
+
+
+def folds_attention_natively(attention: Attention, x: Tensor) -> bool:
+    """Whether `native_folded_attention` can compute what the module would, and nobody is looking at it."""
+    return attends_natively(attention, x) and _is_whole(attention)
+
+
+def _is_whole(attention: Attention) -> bool:
+    """Whether all of it can be computed at once."""
+    fc1, norm = attention._modules["fc1"], attention._modules["norm"]
+    plain = type(fc1) is nn.Linear and type(norm) in (AttentionBatchNorm1d, nn.LayerNorm)
+    return plain and not (norm.training or _hooks(fc1) or _hooks(norm))
+
+
+def _first(attention: Attention) -> tuple[Tensor | float | None, ...]:
+    """What the operators take for fc1 and norm."""
+    fc1, norm = attention._modules["fc1"], attention._modules["norm"]
+    running = norm._buffers.get("running_mean"), norm._buffers.get("running_var")  # a LayerNorm has none
+    return *fc1._parameters.values(), *running, *norm._parameters.values(), norm.eps
 
 
 def _hooks(module: nn.Module) -> dict:
@@ -132,9 +154,49 @@ def _attention(
     temperature: Tensor,
 ) -> Tensor:
     alpha = assignment.new_empty(x.shape[0], *assignment.shape)
-    x, channels_last = in_either_layout(x)
-    sizes = attention_sizes(x.shape, channels_last, weight1.shape[0], *assignment.shape, mean is None)
-    parameters = weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
-    contiguous = [value if value is None else value.contiguous() for value in parameters]
-    call("attention", (sizes, norm_eps, EPSILON), (x, *contiguous, alpha))
+    operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
+    _call_attention(operands, norm_eps, assignment.shape, alpha)
     return alpha
+
+
+def _empty_folded(
+    x: Tensor,
+    weight1: Tensor,
+    _bias1: Tensor | None,
+    _mean: Tensor | None,
+    _variance: Tensor | None,
+    _scale: Tensor,
+    _shift: Tensor,
+    _norm_eps: float,
+    _weight2: Tensor,
+    _bias2: Tensor,
+    mixtures: int,
+) -> Tensor:
+    return weight1.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1)
+
+
+@operator("folded_attention", fake=_empty_folded)
+def _folded_attention(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    norm_eps: float,
+    weight2: Tensor,
+    bias2: Tensor,
+    mixtures: int,
+) -> Tensor:
+    alpha = weight1.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1)
+    operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, None, None
+    _call_attention(operands, norm_eps, (mixtures, weight2.shape[0] // mixtures - 1), alpha)
+    return alpha
+
+
+def _call_attention(operands: Sequence[Tensor | None], norm_eps: float, counts: Sequence[int], alpha: Tensor) -> None:
+    x, channels_last = in_either_layout(operands[0])
+    sizes = attention_sizes(x.shape, channels_last, operands[1].shape[0], *counts, operands[3] is None)
+    contiguous = [value if value is None else value.contiguous() for value in operands[1:]]
+    call("attention", (sizes, norm_eps, EPSILON), (x, *contiguous, alpha))

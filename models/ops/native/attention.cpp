@@ -137,10 +137,9 @@ S total(Int n, const S* z) {
   });
 }
 
-// α = (1 − τ) z / (Σ|z| + ε) + τ β, (batch, mixtures, cells), for h (batch, width) and β (mixtures, cells).
-template <typename S>
-void find_coefficients(const Attention& p, double eps, const S* hidden, const S* weight, const S* bias,
-                       const S* assignment, S temperature, S* alpha) {
+// Run visit(sample, mixture, z, s) with s = 1 / (Σ|z| + ε), for h (batch, width).
+template <typename S, typename Visit>
+void for_logits(const Attention& p, double eps, const S* hidden, const S* weight, const S* bias, Visit visit) {
   const Int length = round_up(p.logits()), blocks = ceil_div(p.batch, SAMPLES);
   const Buffer<S> turned(p.width * length), z(SAMPLES * length);
 #pragma omp for collapse(2) schedule(static)
@@ -149,16 +148,31 @@ void find_coefficients(const Attention& p, double eps, const S* hidden, const S*
       const Int first = block * SAMPLES, count = std::min(SAMPLES, p.batch - first);
       find_logits(p, mixture, hidden + first * p.width, count, weight, bias, turned.data, z.data, length);
       for (Int i = 0; i < count; i++) {
-        const S* from = z.data + i * length;
-        const S factor = 1 / (total(p.logits(), from) + S(eps));
-        const S* held = assignment + mixture * p.cells;
-        S* to = alpha + ((first + i) * p.mixtures + mixture) * p.cells;
-        for (Int k = 0; k < p.cells; k++) {
-          const S value = from[k] * factor;
-          to[k] = value + temperature * (held[k] - value);
-        }
+        const S* own = z.data + i * length;
+        visit(first + i, mixture, own, 1 / (total(p.logits(), own) + S(eps)));
       }
     }
+}
+
+// α = (1 − τ) s z + τ β, (batch, mixtures, cells), for β (mixtures, cells).
+template <typename S>
+void find_coefficients(const Attention& p, double eps, const S* hidden, const S* weight, const S* bias,
+                       const S* assignment, S temperature, S* alpha) {
+  for_logits(p, eps, hidden, weight, bias, [=](Int sample, Int mixture, const S* z, S scale) {
+    const S* held = assignment + mixture * p.cells;
+    S* to = alpha + (sample * p.mixtures + mixture) * p.cells;
+    for (Int k = 0; k < p.cells; k++) to[k] = z[k] * scale + temperature * (held[k] - z[k] * scale);
+  });
+}
+
+// What they are where cells are folded: s [h; 1], (batch, mixtures, width + 1).
+template <typename S>
+void find_folded(const Attention& p, double eps, const S* hidden, const S* weight, const S* bias, S* alpha) {
+  for_logits(p, eps, hidden, weight, bias, [=](Int sample, Int mixture, const S*, S scale) {
+    S* to = alpha + (sample * p.mixtures + mixture) * (p.width + 1);
+    for (Int k = 0; k < p.width; k++) to[k] = hidden[sample * p.width + k] * scale;
+    to[p.width] = scale;
+  });
 }
 
 // Gradients of h, to which all mixtures add, and of weights and biases, given that of α. Each thread adds up its own
@@ -199,20 +213,23 @@ void find_gradients(const Attention& p, double eps, const S* grad, const S* hidd
 
 #define EXPORT(T)                                                                                                   \
   extern "C" void mean_##T(const Attention& p, Int threads, const T* x, Sum<T>* means) {                            \
-    const Buffer<Sum<T>> sums(p.room());                                                   \
+    const Buffer<Sum<T>> sums(p.room());                                                                            \
     _Pragma("omp parallel num_threads(threads)") pool(p, x, sums.data, means);                                      \
   }                                                                                                                 \
+  /* Without β, of a folded layer. */                                                                               \
   extern "C" void attention_##T(const Attention& p, double norm_eps, double eps, Int threads, const T* x,           \
                                 const Sum<T>* weight1, const Sum<T>* bias1, const Sum<T>* mean,                     \
                                 const Sum<T>* variance, const Sum<T>* scale, const Sum<T>* shift,                   \
                                 const Sum<T>* weight2, const Sum<T>* bias2, const Sum<T>* assignment,               \
                                 const Sum<T>* temperature, Sum<T>* alpha) {                                         \
-    const Buffer<Sum<T>> sums(p.room()), means(p.batch * p.channels);                      \
-    const Buffer<Sum<T>> hidden(p.batch * p.width);                                                                 \
+    const Buffer<Sum<T>> sums(p.room()), means(p.batch * p.channels), hidden(p.batch * p.width);                    \
     _Pragma("omp parallel num_threads(threads)") {                                                                  \
       pool(p, x, sums.data, means.data);                                                                            \
       find_hidden(p, norm_eps, means.data, weight1, bias1, mean, variance, scale, shift, hidden.data);              \
-      find_coefficients(p, eps, hidden.data, weight2, bias2, assignment, *temperature, alpha);                      \
+      if (assignment)                                                                                               \
+        find_coefficients(p, eps, hidden.data, weight2, bias2, assignment, *temperature, alpha);                    \
+      else                                                                                                          \
+        find_folded(p, eps, hidden.data, weight2, bias2, alpha);                                                    \
     }                                                                                                               \
   }
 EXPORT(float)

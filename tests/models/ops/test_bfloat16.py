@@ -106,20 +106,21 @@ def test_depthwise_convolutions_are_no_further_from_the_truth_than_grouped_ones(
     assert_no_further_from(truth, ours, others)
 
 
-def test_a_network_under_autocast_is_no_further_from_the_truth():
-    torch.manual_seed(0)
-    net = build_model("configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", nb_classes=10)
-    x = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
-    errors = {}
-    with torch.no_grad():
-        net.train()(x)  # statistics that are not those of the start
-        net.eval()
-        expected = net.double()(x.double())
-        net.float()
-        for implementation in ("auto", "grouped"):
-            set_implementation(net, implementation)
-            with torch.autocast("cpu", torch.bfloat16):
-                errors[implementation] = ((net(x) - expected).norm() / expected.norm()).item()
+def test_networks_under_autocast_are_no_further_from_the_truth():
+    errors = {"auto": 0.0, "grouped": 0.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = build_model("configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", nb_classes=10)
+        x = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            net.train()(x)  # statistics that are not those of the start
+            net.eval()
+            expected = net.double()(x.double())
+            net.float()
+            for implementation in errors:
+                set_implementation(net, implementation)
+                with torch.autocast("cpu", torch.bfloat16):
+                    errors[implementation] += ((net(x) - expected).norm() / expected.norm()).item()
     assert errors["auto"] <= 1.25 * errors["grouped"]
 
 
@@ -149,12 +150,12 @@ def test_products_of_another_type(images, products, cell):
     torch.manual_seed(0)
     partition, geometry = Partition((70, 76, 3, 3), (*cell, 1, 1)), Geometry.of((3, 3), padding=1)
     blocks = 70 // cell[0]
-    hidden, scales = torch.randn(3, 18).to(images), torch.rand(3, blocks, 9 * (76 // cell[1])).to(images)
+    alpha = torch.randn(3, partition.mixtures, 18).to(images)
     kept = torch.randn(blocks, cell[0], 18, 9 * 76).to(products)
     x = torch.randn(3, 76, 9, 8).to(images, memory_format=torch.channels_last)
-    y = native_folded_conv(hidden, scales, kept, x, partition, geometry)
+    y = native_folded_conv(alpha, kept, x, partition, geometry)
     assert y.dtype == images
-    exact = native_folded_conv(*(t.double() for t in (hidden, scales, kept, x)), partition, geometry)
+    exact = native_folded_conv(*(t.double() for t in (alpha, kept, x)), partition, geometry)
     assert (y - exact).norm() < (1e-6 if images == torch.float32 else 6e-3) * exact.norm()
 
 

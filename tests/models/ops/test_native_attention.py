@@ -241,8 +241,24 @@ def test_operators_are_well_formed():
     middle = norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach(), norm.eps
     last = fc2.weight.detach(), fc2.bias.detach(), attention.assignment, tau
     torch.library.opcheck(native_attention._attention, (x, *first, *middle, *last))
+    torch.library.opcheck(native_attention._folded_attention, (x, *first, *middle, *last[:2], attention.mixtures))
     hidden = torch.randn(3, fc1.out_features).double()
     torch.library.opcheck(native_attention._coefficients, (hidden, *last))
     grad = torch.randn(3, *attention.assignment.shape).double()
     torch.library.opcheck(native_attention._coefficients_gradients, (grad, hidden, *last[:2], tau))
     torch.library.opcheck(mean, (x,))
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("size", SIZES)
+def test_of_a_folded_layer(norm, size):
+    attention = attention_of(norm=norm).eval()
+    x = images_of(attention, SIZES[size], True)
+    with torch.no_grad():
+        assert native_attention.folds_attention_natively(attention, x)
+        alpha = native_attention.native_folded_attention(attention, x)
+        hidden = attention.hidden(x.flatten(2).mean(2))
+        scale = 1 / (attention.logits(hidden).abs().sum(2) + 1e-3)
+    torch.testing.assert_close(alpha[..., :-1], scale[..., None] * hidden[:, None])
+    torch.testing.assert_close(alpha[..., -1], scale)
+    assert not native_attention.folds_attention_natively(attention.train(), x)
