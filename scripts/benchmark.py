@@ -8,6 +8,7 @@ pass, training forward and backward. Outputs and gradients are compared first, i
 differ. "floor" is the least time that the multiply-adds and the bytes of the parameters take on this machine
 (`timing/floor.py` has the formula), and "floor to static" what the ratio would be if both networks ran at theirs.
 
+    python scripts/benchmark.py --model FILE --compile                           every network by torch.compile
     python scripts/benchmark.py --model FILE --sweep budget --plot budget.png    how cost grows
     python scripts/benchmark.py --model FILE --layers                            what each layer costs, and takes
 """
@@ -28,7 +29,7 @@ from timing import chart, layers
 from timing.clock import PRECISIONS, arithmetic, measure, step
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
-from timing.networks import FOLDED, Contender, Pair
+from timing.networks import FOLDED, Contender, Pair, compiled
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from torch import Tensor, nn
 
@@ -116,8 +117,10 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def check_case(case: Case, side: int, implementations: Sequence[str], device: torch.device) -> float:
-    """`check_parity` of the converted network with images of that side; of a folded one, of its outputs.
+def check_case(
+    case: Case, side: int, implementations: Sequence[str], device: torch.device, mode: str | None = None
+) -> float:
+    """`check_parity` of the converted network with images of that side; of a folded or compiled one, of its outputs.
 
     Raises:
         SystemExit: A difference above `TOLERANCE`.
@@ -125,17 +128,18 @@ def check_case(case: Case, side: int, implementations: Sequence[str], device: to
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
     worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in FOLDED)))
-    if FOLDED.keys() & set(implementations):
-        net, x = net.double().eval(), x.double()
-        with torch.no_grad():
-            y = net(x)
-            difference = ((fold_(net, x)(x) - y).norm() / y.norm()).item()
-        worst = max(worst, _within_tolerance(difference))
+    net, x = net.double().eval(), x.double()
+    others = [compiled] if mode else []
+    others += [lambda net, _: fold_(net, x)] if FOLDED.keys() & set(implementations) else []  # in place, so the last
+    with torch.no_grad():
+        y = net(x)
+        for other in others:
+            worst = max(worst, _within_tolerance(((other(net, mode)(x) - y).norm() / y.norm()).item()))
     return worst
 
 
 def time_case(
-    networks: dict[Contender, tuple[nn.Module, Tensor]], mode: str, precision: str, rounds: int
+    networks: dict[Contender, tuple[nn.Module, Tensor]], mode: str, precision: str, rounds: int, warm_up: int = 1
 ) -> dict[Contender, list[float]]:
     """Seconds of every round of networks on their images; of the layouts of a network, only the faster is kept.
 
@@ -146,7 +150,7 @@ def time_case(
     images = next(x for _, x in networks.values())
     try:
         with arithmetic(precision):
-            seconds = measure(steps, rounds, images.device)
+            seconds = measure(steps, rounds, images.device, warm_up)
     except (ValueError, torch.OutOfMemoryError) as e:  # BatchNorm refuses a single value per channel
         raise SystemExit(f"error: {mode} with batches of {len(images)}: {e}") from e
     fastest: dict[str, Contender] = {}
@@ -172,7 +176,12 @@ def time_networks(
                     networks[contender] = built[contender], images
                 elif not train:  # a folded network is made for a batch, and cannot be trained
                     networks[contender] = contender.build_for(images, precision), images
-            for contender, seconds in time_case(networks, mode, precision, arguments.rounds).items():
+            warm_up = 1
+            if arguments.compile:
+                torch.compiler.reset()
+                networks = {who: (compiled(net, arguments.compile), x) for who, (net, x) in networks.items()}
+                warm_up = 3  # which is when a graph of kernels is captured
+            for contender, seconds in time_case(networks, mode, precision, arguments.rounds, warm_up).items():
                 floor = case.static_floor if contender.implementation is None else case.floor
                 least = floor.seconds(batch, train, precision, machine)
                 peak = peak_bytes(contender, train, precision, batch, device) if arguments.memory else None
@@ -188,7 +197,8 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
     # Below 64×64 BatchNorm would see one or two values per channel, and gradients rounding errors only.
     sides = [max(case.pair.converted.input_size, 64) for case in cases]
     parity = max(
-        check_case(case, side, arguments.implementation, device) for case, side in zip(cases, sides, strict=True)
+        check_case(case, side, arguments.implementation, device, arguments.compile)
+        for case, side in zip(cases, sides, strict=True)
     )
     machine = Machine.measure(device, arguments.precision)
     print(f"{_heading(arguments, device)}; parity {parity:.0e}\n{machine}\n")
@@ -239,6 +249,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
     names = [*(name for name in IMPLEMENTATIONS if name != "grouped"), *FOLDED]
     add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
+    modes = ("default", "reduce-overhead", "max-autotune")
+    text = "compile every network by torch.compile; a GPU captures graphs of its kernels with reduce-overhead"
+    add("--compile", nargs="?", const=modes[0], choices=modes, help=text)
     add("--size", type=_positive(int), metavar="N", help="side of the images; default: the configuration's")
     add("--rounds", type=_positive(int), default=7, metavar="N", help="default: %(default)s")
     add("--memory", action="store_true", help="measure the peak of memory too, each in a process of its own")
@@ -254,8 +267,11 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError("--precision: tf32 is of GPUs; on a CPU take fp32, bf16 or fp16")
     if arguments.device == "cpu" and "fused" in arguments.implementation:
         raise ConfigError("--implementation: fused runs on a GPU only; on a CPU streamed takes its place")
-    if arguments.layers and (arguments.sweep or arguments.plot or arguments.memory or arguments.implementation):
-        raise ConfigError("--layers goes with none of --sweep, --plot, --memory and --implementation")
+    others = arguments.sweep, arguments.plot, arguments.memory, arguments.implementation, arguments.compile
+    if arguments.layers and any(others):
+        raise ConfigError("--layers goes with none of --sweep, --plot, --memory, --implementation and --compile")
+    if arguments.compile and arguments.memory:
+        raise ConfigError("--memory is measured of networks that are not compiled; leave out --compile")
     if arguments.values and not arguments.sweep:
         raise ConfigError("--values means nothing without --sweep")
     arguments.varies = {"resolution": "side", None: "batch"}.get(arguments.sweep, arguments.sweep)
@@ -303,7 +319,8 @@ def _positive(kind: type) -> Callable[[str], float]:
 
 
 def _heading(arguments: argparse.Namespace, device: torch.device) -> str:
-    return f"{Path(arguments.model).stem}, {_where(device)}, torch {torch.__version__}"
+    way = f", torch.compile ({arguments.compile})" if arguments.compile else ""
+    return f"{Path(arguments.model).stem}, {_where(device)}, torch {torch.__version__}{way}"
 
 
 def _where(device: torch.device) -> str:

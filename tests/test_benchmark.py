@@ -91,7 +91,7 @@ def test_the_faster_layout_is_taken(benchmark, monkeypatch):
         *(("static", "NCHW"), ("static", "NHWC"), ("upstream", "NCHW"), ("ours", "NCHW"), ("ours", "NHWC"))
     ]
     seconds = [[3.0, 1.0, 3.0], [2.0, 2.0, 2.0], [9.0, 9.0, 9.0], [4.0, 4.0, 4.0], [5.0, 5.0, 1.0]]
-    monkeypatch.setattr(benchmark, "measure", lambda steps, rounds, device: dict(zip(steps, seconds, strict=True)))
+    monkeypatch.setattr(benchmark, "measure", lambda steps, *_: dict(zip(steps, seconds, strict=True)))
     networks = {c: (torch.nn.Identity(), torch.zeros(1)) for c in contenders}
     timed = benchmark.time_case(networks, "infer", "fp32", rounds=3)
     assert [(c.name, c.layout) for c in timed] == [("static", "NHWC"), ("upstream", "NCHW"), ("ours", "NCHW")]
@@ -134,6 +134,34 @@ def test_nothing_is_printed_of_a_folded_network_that_differs(benchmark, monkeypa
     monkeypatch.setattr(benchmark, "fold_", fold_wrong)
     with pytest.raises(SystemExit, match="differ by"):
         run(benchmark, monkeypatch, "--implementation", "folded")
+    assert not capsys.readouterr().out
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """What is compiled, without the minutes that machine code takes."""
+    seen, compile_ = [], torch.compile
+
+    def compile_to_graph(net, mode, fullgraph, dynamic):
+        seen.append(mode)
+        return compile_(net, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_to_graph)
+    return seen
+
+
+def test_every_network_is_compiled_if_asked_for(benchmark, machine, monkeypatch, capsys, compilations):
+    assert run(benchmark, monkeypatch, "--mode", "infer", "--implementation", "folded", "--compile") == 0
+    shown = capsys.readouterr().out
+    assert "torch.compile (default)" in shown
+    assert [row["network"] for row in table(shown)] == [*NETWORKS, "folded"]
+    assert compilations == ["default"] * 8  # one to compare, then all but upstream's in two layouts
+
+
+def test_nothing_is_printed_of_a_compiled_network_that_differs(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda net, **_: lambda x: 1.001 * net(x))
+    with pytest.raises(SystemExit, match="differ by"):
+        run(benchmark, monkeypatch, "--mode", "infer", "--compile")
     assert not capsys.readouterr().out
 
 
@@ -309,6 +337,8 @@ def test_a_single_value_per_channel_is_refused_in_one_line(benchmark, machine, m
         (["--values", "1"], "--values means nothing without --sweep"),
         (["--sweep", "resolution", "--values", "32.5"], "a resolution is a whole number"),
         (["--layers", "--plot", "cost.png"], "--layers goes with none of"),
+        (["--layers", "--compile"], "--layers goes with none of"),
+        (["--compile", "--memory"], "leave out --compile"),
         (["--plot", "cost.tiff2"], "must end with the name of a picture's format"),
         (["--json", "no/such/folder/figures.json"], "cannot be written"),
     ],

@@ -47,16 +47,18 @@ def step(net: nn.Module, x: Tensor, train: bool, precision: str = "fp32") -> Cal
     return forward_backward if train else infer
 
 
-def measure(steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs every step once, after one round to warm up."""
+def measure(
+    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; a round runs every step once, after some rounds to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
+    for turn in range(-warm_up, rounds):
         for name, run in steps.items():
             _wait(device)
             start = time.perf_counter()
             run()
             _wait(device)
-            if turn:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -64,6 +64,12 @@ class Contender:
         return x.contiguous(memory_format=LAYOUTS[self.layout])
 
 
+def compiled(net: nn.Module, mode: str) -> nn.Module:
+    """The network by torch.compile, as one graph for images of one size."""
+    torch._dynamo.config.recompile_limit = 64  # networks share the code of timm's modules; beyond it there is an error
+    return torch.compile(net, mode=mode, fullgraph=True, dynamic=False)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A converted network and its static twin, at one size of images."""

@@ -90,7 +90,11 @@ def _cheapest(
     positions = math.prod(geometry.output_size(shape[2:], partition.kernel[2:]))
     layout = {"groups": geometry.groups, "channels_last": channels_last}
     estimates = costs(partition, num_cells, shape[0], positions, itemsize, factors, **layout)
-    return min(names, key=estimates.__getitem__)
+    best = names[0]
+    for name in names:  # by comparisons, which a compiler can guard where sizes are symbols
+        if estimates[name] < estimates[best]:
+            best = name
+    return best
 
 
 def costs(

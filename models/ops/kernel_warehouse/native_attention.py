@@ -20,7 +20,7 @@ def attends_natively(attention: Attention, x: Tensor) -> bool:
     """Whether `native_attention` can compute what the module would, and nobody is looking at it."""
     fc2 = attention._modules["fc2"]  # ten times as fast as by the attribute
     return (
-        not (torch.compiler.is_compiling() or exporting())
+        not exporting()
         and can_run(x.device.type, x.dtype)
         and type(fc2) is nn.Linear
         and fc2.weight.dtype == sum_type(x.dtype)

@@ -142,6 +142,23 @@ def test_means(channels, dtype):
                 torch.testing.assert_close(mean(images), images.flatten(2).mean(2))
 
 
+@pytest.mark.parametrize("case", ["conv2d", "conv2d-layer-norm", "depthwise"])
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("dynamic", [True, False], ids=["any-size", "one-size"])
+def test_compiled_in_one_graph(case, train, dynamic):
+    layer, _, x = make(case)
+    layer.train(train)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    parameters = list(layer.parameters())
+    with torch.set_grad_enabled(train):
+        y, expected = compiled(x), layer(x)
+    torch.testing.assert_close(y, expected)
+    if train:
+        found, truth = (torch.autograd.grad(z.square().sum(), parameters) for z in (y, expected))
+        torch.testing.assert_close(found, truth)
+
+
 class TestWhereItIsTaken:
     def taken(self, monkeypatch, layer, x, implementation="auto"):
         seen = []
