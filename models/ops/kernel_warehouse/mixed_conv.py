@@ -99,15 +99,13 @@ def computing_type(x: Tensor) -> torch.dtype:
 
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
     """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
-    names = ["kernels", "streamed", "inputs"]
     native = can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32)
-    if native and not (x.dtype == torch.bfloat16 and has_tiles()):
-        names.append("native")
-    names = [name for name in names if supports(name, partition, geometry)]
-    if geometry.groups > 1:
-        return names[-1]
-    if len(names) == 1:
-        return names[0]  # without a look at the batch, which has no number in a graph for export
+    native = native and not (x.dtype == torch.bfloat16 and has_tiles())
+    if exporting() or geometry.groups > 1:  # without a look at the batch, which has no number in a graph for export
+        return "native" if native and supports("native", partition, geometry) else "kernels"
+    names = ["kernels", "inputs"]
+    if partition.by_positions:
+        names += ["streamed", "native"] if native else ["streamed"]
     return cheapest(names, partition, geometry, num_cells, x)
 
 

@@ -49,6 +49,8 @@ def by_output_blocks(attention: Tensor, partition: Partition) -> Tensor:
     *spatial, blocks_out, blocks_in = partition.grid
     batch, _, num_cells = attention.shape
     positions = math.prod(spatial)
+    if positions == 1 or blocks_out == 1:  # they are in that order
+        return attention.reshape(batch, blocks_out, positions * blocks_in, num_cells)
     split = attention.reshape(batch, positions, blocks_out, blocks_in, num_cells).transpose(1, 2)
     return split.reshape(batch, blocks_out, positions * blocks_in, num_cells)
 

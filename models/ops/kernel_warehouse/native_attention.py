@@ -15,6 +15,8 @@ from ..exporting import exporting
 from ..native import attention_sizes, call, can_run, in_either_layout, operator, sum_type
 from .attention import EPSILON, Attention, AttentionBatchNorm1d, pool
 
+_TENSORS = (nn.Parameter, Tensor)
+
 
 def attends_natively(attention: Attention, x: Tensor) -> bool:
     """Whether `native_attention` can compute what the module would, and nobody is looking at it."""
@@ -22,11 +24,16 @@ def attends_natively(attention: Attention, x: Tensor) -> bool:
     return (
         not exporting()
         and can_run(x.device.type, x.dtype)
-        and type(fc2) is nn.Linear
-        and fc2.weight.dtype == sum_type(x.dtype)
         and not attention.num_basis
-        and not (_has_any_global_hook() or _hooks(attention) or _hooks(fc2))
+        and _is_plain(fc2)
+        and fc2.weight.dtype == sum_type(x.dtype)
+        and not (_has_any_global_hook() or _hooks(attention))
     )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is torch's own, with weights that are no more than tensors, and has no hook."""
+    return type(linear) is nn.Linear and type(linear._parameters["weight"]) in _TENSORS and not _hooks(linear)
 
 
 def native_attention(attention: Attention, x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +66,10 @@ def folds_attention_natively(attention: Attention, x: Tensor) -> bool:
 def _is_whole(attention: Attention) -> bool:
     """Whether all of it can be computed at once."""
     fc1, norm = attention._modules["fc1"], attention._modules["norm"]
-    plain = type(fc1) is nn.Linear and type(norm) in (AttentionBatchNorm1d, nn.LayerNorm)
-    return plain and not (norm.training or _hooks(fc1) or _hooks(norm))
+    if norm.training or not _is_plain(fc1) or _hooks(norm) or norm._parameters["bias"] is None:
+        return False
+    batch = type(norm) is AttentionBatchNorm1d and norm._buffers["running_mean"] is not None
+    return batch or type(norm) is nn.LayerNorm
 
 
 def _first(attention: Attention) -> tuple[Tensor | float | None, ...]:
@@ -94,6 +103,7 @@ def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Ten
 
 @operator("coefficients", fake=_empty_alpha)
 def _coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
+    _check_fit(weight, hidden.shape[1], *assignment.shape)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
     operands = [value.contiguous() for value in (hidden, weight, bias, assignment, temperature)]
     call("coefficients", (_sizes(hidden, alpha), EPSILON), (*operands, alpha))
@@ -195,8 +205,19 @@ def _folded_attention(
     return alpha
 
 
+def _check_fit(weight: Tensor, width: int, mixtures: int, cells: int) -> None:
+    if weight.shape != (mixtures * (cells + 1), width):
+        raise ValueError(
+            f"weights {tuple(weight.shape)} do not give {mixtures} mixtures logits for {cells} cells and the zero cell "
+            f"from a hidden vector of {width}"
+        )
+
+
 def _call_attention(operands: Sequence[Tensor | None], norm_eps: float, counts: Sequence[int], alpha: Tensor) -> None:
-    x, channels_last = in_either_layout(operands[0])
-    sizes = attention_sizes(x.shape, channels_last, operands[1].shape[0], *counts, operands[3] is None)
-    contiguous = [value if value is None else value.contiguous() for value in operands[1:]]
+    (x, channels_last), (width, channels) = in_either_layout(operands[0]), operands[1].shape
+    if channels != x.shape[1]:
+        raise ValueError(f"an attention for {channels} channels got {x.shape[1]}")
+    _check_fit(operands[7], width, *counts)
+    sizes = attention_sizes(x.shape, channels_last, width, *counts, operands[3] is None)
+    contiguous = [value if value is None else value.to(alpha.dtype).contiguous() for value in operands[1:]]
     call("attention", (sizes, norm_eps, EPSILON), (x, *contiguous, alpha))

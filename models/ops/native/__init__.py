@@ -1,8 +1,8 @@
 """Operators in C++, for a CPU: how they are compiled, and what they are called with.
 
-`convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`, and `gradients.h` is its adjoint by
-coefficients and cells; `depthwise.cpp` convolves with given kernels, for `dynamic_conv`. They compute in single and
-double precision, and in bfloat16 where the processor multiplies that.
+`attention.cpp` finds coefficients and `convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`;
+`gradients.h` is the adjoint of the latter by coefficients and cells; `depthwise.cpp` convolves with given kernels, for
+`dynamic_conv`. They compute in single and double precision, and in bfloat16 where the processor multiplies that.
 """
 
 from .images import from_pixels, in_either_layout, pixels, room_for_pixels

@@ -161,7 +161,8 @@ void find_coefficients(const Attention& p, double eps, const S* hidden, const S*
   for_logits(p, eps, hidden, weight, bias, [=](Int sample, Int mixture, const S* z, S scale) {
     const S* held = assignment + mixture * p.cells;
     S* to = alpha + (sample * p.mixtures + mixture) * p.cells;
-    for (Int k = 0; k < p.cells; k++) to[k] = z[k] * scale + temperature * (held[k] - z[k] * scale);
+    const S factor = (1 - temperature) * scale;  // which leaves β, to the last digit, at τ = 1
+    for (Int k = 0; k < p.cells; k++) to[k] = factor * z[k] + temperature * held[k];
   });
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+_SUMS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 _ARGUMENTS = {int: ctypes.c_int64, float: ctypes.c_double}
 _SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("attention", "convolution", "depthwise", "images")]
 _HEADERS = [
@@ -73,7 +74,7 @@ def _warn_once(message: str) -> None:
 
 def sum_type(dtype: torch.dtype) -> torch.dtype:
     """What products of images of a type are summed in, and the type of cells and their gradients."""
-    return torch.promote_types(dtype, torch.float32)
+    return _SUMS.get(dtype, dtype)
 
 
 def call(

@@ -78,6 +78,16 @@ def test_gradients(temperature, norm):
     torch.testing.assert_close(gradients(alpha, received), gradients(truth(attention, x, tau), received))
 
 
+def test_at_temperature_one_coefficients_are_the_assignment_to_the_last_digit():
+    """A cell that no mixture holds gets no gradient then, not even of rounding errors, which Adam would magnify."""
+    attention = attention_of(dtype=torch.float32)
+    x, tau = images_of(attention, (7, 5), True), torch.tensor(1.0)
+    for train in (True, False):
+        with torch.set_grad_enabled(train):
+            alpha, _ = native_attention.native_attention(attention.train(train), x, tau)
+        assert torch.equal(alpha, attention.assignment.expand_as(alpha))
+
+
 def test_gradients_are_those_at_the_temperature_of_the_forward_pass():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True).requires_grad_(), torch.tensor(0.25).double()
@@ -216,9 +226,41 @@ class TestWhereItIsTaken:
         assert not native_attention.attends_natively(attention, torch.randn(2, 6, 3, 3).half())
         assert not native_attention.attends_natively(attention, torch.randn(2, 6, 3, 3))  # of double parameters
 
+    @pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.LayerNorm(16, bias=False), nn.LayerNorm(16, 1e-5, False)])
+    def test_another_norm_is_asked(self, norm):
+        attention = attention_of(reduction=1.0).eval()
+        attention.norm = norm.double().eval()
+        x, tau = images_of(attention, (7, 5), True), torch.tensor(0.3).double()
+        assert not native_attention.folds_attention_natively(attention, x)
+        with torch.no_grad():
+            alpha, _ = native_attention.native_attention(attention, x, tau)
+            torch.testing.assert_close(alpha, truth(attention, x, tau))
+
+    def test_a_norm_without_statistics_is_asked(self):
+        attention = attention_of().eval()
+        attention.norm.running_mean = attention.norm.running_var = None
+        assert not native_attention.folds_attention_natively(attention, images_of(attention, (7, 5), True))
+
+    def test_not_for_weights_that_are_more_than_tensors(self):
+        class Quantised(nn.Parameter):
+            pass
+
+        attention = attention_of().eval()
+        attention.fc2.weight = Quantised(attention.fc2.weight.data)
+        assert not native_attention.attends_natively(attention, images_of(attention, (7, 5), True))
+
     def test_not_for_a_basis(self, monkeypatch):
         layer, _, x = make("conv2d-nonlocal")
         assert not self.taken(monkeypatch, layer.eval(), x)
+
+
+@pytest.mark.parametrize(("part", "message"), [("fc1", "for 7 channels got 6"), ("fc2", "5 mixtures logits for 37")])
+def test_weights_that_do_not_fit_are_refused(part, message):
+    attention = attention_of().eval()
+    x, old = images_of(attention, (7, 5), True), getattr(attention, part)
+    setattr(attention, part, nn.Linear(old.in_features + 1, old.out_features).double())
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        native_attention.native_attention(attention, x, torch.tensor(0.0).double())
 
 
 def test_parameters_that_are_changed_in_place_are_seen():
