@@ -98,14 +98,14 @@ class _Coefficients(torch.autograd.Function):
 
 
 def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Tensor, _temperature: Tensor) -> Tensor:
-    return assignment.new_empty(hidden.shape[0], *assignment.shape)
+    return hidden.new_empty(hidden.shape[0], *assignment.shape)
 
 
 @operator("coefficients", fake=_empty_alpha)
 def _coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
     _check_fit(weight, hidden.shape[1], *assignment.shape)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
-    operands = [value.contiguous() for value in (hidden, weight, bias, assignment, temperature)]
+    operands = _laid_out((hidden, weight, bias, assignment, temperature), hidden.dtype)
     call("coefficients", (_sizes(hidden, alpha), EPSILON), (*operands, alpha))
     return alpha
 
@@ -122,7 +122,7 @@ def _coefficients_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, grad_weight, grad_bias = _empty_gradients(grad, hidden, weight, bias, temperature)
     grad_hidden = hidden.new_zeros(torch.get_num_threads(), *hidden.shape)
-    operands = [value.contiguous() for value in (grad, hidden, weight, bias, temperature)]
+    operands = _laid_out((grad, hidden, weight, bias, temperature), hidden.dtype)
     call("coefficients_gradients", (_sizes(hidden, grad), EPSILON), (*operands, grad_hidden, grad_weight, grad_bias))
     return grad_hidden.sum(0), grad_weight, grad_bias
 
@@ -145,7 +145,7 @@ def _empty_coefficients(
     assignment: Tensor,
     _temperature: Tensor,
 ) -> Tensor:
-    return assignment.new_empty(x.shape[0], *assignment.shape)
+    return x.new_empty(x.shape[0], *assignment.shape, dtype=sum_type(x.dtype))
 
 
 @operator("attention", fake=_empty_coefficients)
@@ -163,7 +163,7 @@ def _attention(
     assignment: Tensor,
     temperature: Tensor,
 ) -> Tensor:
-    alpha = assignment.new_empty(x.shape[0], *assignment.shape)
+    alpha = x.new_empty(x.shape[0], *assignment.shape, dtype=sum_type(x.dtype))
     operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
     _call_attention(operands, norm_eps, assignment.shape, alpha)
     return alpha
@@ -182,7 +182,7 @@ def _empty_folded(
     _bias2: Tensor,
     mixtures: int,
 ) -> Tensor:
-    return weight1.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1)
+    return x.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1, dtype=sum_type(x.dtype))
 
 
 @operator("folded_attention", fake=_empty_folded)
@@ -199,7 +199,7 @@ def _folded_attention(
     bias2: Tensor,
     mixtures: int,
 ) -> Tensor:
-    alpha = weight1.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1)
+    alpha = x.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1, dtype=sum_type(x.dtype))
     operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, None, None
     _call_attention(operands, norm_eps, (mixtures, weight2.shape[0] // mixtures - 1), alpha)
     return alpha
@@ -219,5 +219,9 @@ def _call_attention(operands: Sequence[Tensor | None], norm_eps: float, counts: 
         raise ValueError(f"an attention for {channels} channels got {x.shape[1]}")
     _check_fit(operands[7], width, *counts)
     sizes = attention_sizes(x.shape, channels_last, width, *counts, operands[3] is None)
-    contiguous = [value if value is None else value.to(alpha.dtype).contiguous() for value in operands[1:]]
-    call("attention", (sizes, norm_eps, EPSILON), (x, *contiguous, alpha))
+    call("attention", (sizes, norm_eps, EPSILON), (x, *_laid_out(operands[1:], alpha.dtype), alpha))
+
+
+def _laid_out(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """As the library reads them."""
+    return [value if value is None else value.to(dtype).contiguous() for value in operands]

@@ -263,6 +263,17 @@ def test_weights_that_do_not_fit_are_refused(part, message):
         native_attention.native_attention(attention, x, torch.tensor(0.0).double())
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_buffers_of_another_type_are_converted(train):
+    attention = attention_of().train(train)
+    x, tau = images_of(attention, (7, 5), True), torch.tensor(0.25)  # of a warehouse in single precision
+    expected = truth(attention, x, tau)
+    attention.assignment = attention.assignment.float()
+    with torch.set_grad_enabled(train):
+        alpha, _ = native_attention.native_attention(attention, x, tau)
+    torch.testing.assert_close(alpha, expected)
+
+
 def test_parameters_that_are_changed_in_place_are_seen():
     layer, warehouses, x = make("conv2d")
     layer.eval()
