@@ -44,18 +44,17 @@ def native_attention(attention: Attention, x: Tensor, temperature: Tensor) -> tu
         x: Images, (B, C, *spatial), of a type that `can_run`.
         temperature: τ, a scalar tensor.
     """
-    fc2 = attention._modules["fc2"]
-    last = *fc2._parameters.values(), attention.assignment, temperature
+    assignment = attention.assignment
     if torch.is_grad_enabled() or not _is_whole(attention):
         pooled, x = pool(x)
-        return _Coefficients.apply(attention.hidden(pooled).to(fc2.weight.dtype), *last), x
-    return _attention(x, *_first(attention), *last), x
+        weight, bias = attention._modules["fc2"]._parameters.values()
+        return _Coefficients.apply(attention.hidden(pooled).to(weight.dtype), weight, bias, assignment, temperature), x
+    return _attention(x, *_parameters(attention), assignment, temperature), x
 
 
 def native_folded_attention(attention: Attention, x: Tensor) -> Tensor:
     """The coefficients s [h; 1] of a folded layer (see `folded`), (B, m, r + 1); arguments as `native_attention`."""
-    parameters = attention._modules["fc2"]._parameters.values()
-    return _folded_attention(x, *_first(attention), *parameters, attention.mixtures)
+    return _attention(x, *_parameters(attention), None, None)
 
 
 def folds_attention_natively(attention: Attention, x: Tensor) -> bool:
@@ -72,11 +71,12 @@ def _is_whole(attention: Attention) -> bool:
     return batch or type(norm) is nn.LayerNorm
 
 
-def _first(attention: Attention) -> tuple[Tensor | float | None, ...]:
-    """What the operators take for fc1 and norm."""
-    fc1, norm = attention._modules["fc1"], attention._modules["norm"]
+def _parameters(attention: Attention) -> tuple[Tensor | float | None, ...]:
+    """What the operator takes of a whole attention."""
+    fc1, norm, fc2 = (attention._modules[name] for name in ("fc1", "norm", "fc2"))
     running = norm._buffers.get("running_mean"), norm._buffers.get("running_var")  # a LayerNorm has none
-    return *fc1._parameters.values(), *running, *norm._parameters.values(), norm.eps
+    first, last = (layer._parameters.values() for layer in (fc1, fc2))
+    return *first, *running, *norm._parameters.values(), norm.eps, *last, attention.mixtures
 
 
 def _hooks(module: nn.Module) -> dict:
@@ -131,24 +131,26 @@ def _sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return attention_sizes((hidden.shape[0], 1), True, hidden.shape[1], *alpha.shape[1:])
 
 
-def _empty_coefficients(
+def _empty_result(
     x: Tensor,
-    _weight1: Tensor,
+    weight1: Tensor,
     _bias1: Tensor | None,
     _mean: Tensor | None,
     _variance: Tensor | None,
     _scale: Tensor,
     _shift: Tensor,
     _norm_eps: float,
-    _weight2: Tensor,
+    weight2: Tensor,
     _bias2: Tensor,
-    assignment: Tensor,
-    _temperature: Tensor,
+    mixtures: int,
+    assignment: Tensor | None,
+    _temperature: Tensor | None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], *assignment.shape, dtype=sum_type(x.dtype))
+    length = weight1.shape[0] + 1 if assignment is None else weight2.shape[0] // mixtures - 1
+    return x.new_empty(x.shape[0], mixtures, length, dtype=sum_type(x.dtype))
 
 
-@operator("attention", fake=_empty_coefficients)
+@operator("attention", fake=_empty_result)
 def _attention(
     x: Tensor,
     weight1: Tensor,
@@ -160,49 +162,22 @@ def _attention(
     norm_eps: float,
     weight2: Tensor,
     bias2: Tensor,
-    assignment: Tensor,
-    temperature: Tensor,
-) -> Tensor:
-    alpha = x.new_empty(x.shape[0], *assignment.shape, dtype=sum_type(x.dtype))
-    operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
-    _call_attention(operands, norm_eps, assignment.shape, alpha)
-    return alpha
-
-
-def _empty_folded(
-    x: Tensor,
-    weight1: Tensor,
-    _bias1: Tensor | None,
-    _mean: Tensor | None,
-    _variance: Tensor | None,
-    _scale: Tensor,
-    _shift: Tensor,
-    _norm_eps: float,
-    _weight2: Tensor,
-    _bias2: Tensor,
     mixtures: int,
+    assignment: Tensor | None,
+    temperature: Tensor | None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1, dtype=sum_type(x.dtype))
-
-
-@operator("folded_attention", fake=_empty_folded)
-def _folded_attention(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    norm_eps: float,
-    weight2: Tensor,
-    bias2: Tensor,
-    mixtures: int,
-) -> Tensor:
-    alpha = x.new_empty(x.shape[0], mixtures, weight1.shape[0] + 1, dtype=sum_type(x.dtype))
-    operands = x, weight1, bias1, mean, variance, scale, shift, weight2, bias2, None, None
-    _call_attention(operands, norm_eps, (mixtures, weight2.shape[0] // mixtures - 1), alpha)
-    return alpha
+    """α (B, mixtures, n); without an assignment and a temperature s [h; 1], (B, mixtures, r + 1)."""
+    width, channels = weight1.shape
+    if channels != x.shape[1]:
+        raise ValueError(f"an attention for {channels} channels got {x.shape[1]}")
+    cells = weight2.shape[0] // mixtures - 1 if assignment is None else assignment.shape[1]
+    _check_fit(weight2, width, mixtures, cells)
+    result = x.new_empty(x.shape[0], mixtures, width + 1 if assignment is None else cells, dtype=sum_type(x.dtype))
+    x, channels_last = in_either_layout(x)
+    sizes = attention_sizes(x.shape, channels_last, width, mixtures, cells, mean is None)
+    operands = weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
+    call("attention", (sizes, norm_eps, EPSILON), (x, *_laid_out(operands, result.dtype), result))
+    return result
 
 
 def _check_fit(weight: Tensor, width: int, mixtures: int, cells: int) -> None:
@@ -211,15 +186,6 @@ def _check_fit(weight: Tensor, width: int, mixtures: int, cells: int) -> None:
             f"weights {tuple(weight.shape)} do not give {mixtures} mixtures logits for {cells} cells and the zero cell "
             f"from a hidden vector of {width}"
         )
-
-
-def _call_attention(operands: Sequence[Tensor | None], norm_eps: float, counts: Sequence[int], alpha: Tensor) -> None:
-    (x, channels_last), (width, channels) = in_either_layout(operands[0]), operands[1].shape
-    if channels != x.shape[1]:
-        raise ValueError(f"an attention for {channels} channels got {x.shape[1]}")
-    _check_fit(operands[7], width, *counts)
-    sizes = attention_sizes(x.shape, channels_last, width, *counts, operands[3] is None)
-    call("attention", (sizes, norm_eps, EPSILON), (x, *_laid_out(operands[1:], alpha.dtype), alpha))
 
 
 def _laid_out(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

@@ -307,11 +307,12 @@ def test_operators_are_well_formed():
     attention = attention_of().eval()
     x, tau = images_of(attention, (7, 5), True), torch.tensor(0.3).double()
     fc1, norm, fc2 = attention.fc1, attention.norm, attention.fc2
-    first = [value.detach() if isinstance(value, torch.Tensor) else value for value in (fc1.weight, fc1.bias)]
+    first = fc1.weight.detach(), fc1.bias
     middle = norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach(), norm.eps
     last = fc2.weight.detach(), fc2.bias.detach(), attention.assignment, tau
-    torch.library.opcheck(native_attention._attention, (x, *first, *middle, *last))
-    torch.library.opcheck(native_attention._folded_attention, (x, *first, *middle, *last[:2], attention.mixtures))
+    for held in (last[2:], (None, None)):
+        operands = x, *first, *middle, *last[:2], attention.mixtures, *held
+        torch.library.opcheck(native_attention._attention, operands)
     hidden = torch.randn(3, fc1.out_features).double()
     torch.library.opcheck(native_attention._coefficients, (hidden, *last))
     grad = torch.randn(3, *attention.assignment.shape).double()
