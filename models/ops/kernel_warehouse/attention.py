@@ -38,7 +38,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _mean(x: Tensor) -> Tensor:
-    # Torch adds bfloat16 several times more slowly than single precision, and autocast makes a copy of that first.
+    # One call where torch takes several; and of bfloat16 torch, under autocast, makes a copy before it adds.
     if can_run(x.device.type, x.dtype) and not exporting():
         return mean(x).to(x.dtype)
     return x.flatten(2).mean(dim=2)
