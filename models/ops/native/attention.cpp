@@ -126,7 +126,7 @@ void find_logits(const Attention& p, Int mixture, const S* hidden, Int count, co
   const Int n = p.logits();
   transpose<S>(n, p.width, weight + mixture * n * p.width, p.width, turned, length, length);
   for (Int i = 0; i < count; i++) std::copy_n(bias + mixture * n, n, z + i * length);
-  multiply<S>(count, n, p.width, Left<S>{hidden, p.width, 1}, Right<S>{turned, length}, z, length, true);
+  multiply<S>(count, n, p.width, Left<S>{hidden, p.width, 1}, Right<S>{turned, length}, z, length, ADD);
 }
 
 template <typename S>
@@ -203,9 +203,10 @@ void find_gradients(const Attention& p, double eps, const S* grad, const S* hidd
           to_bias[k] += own[k];
         }
       }
-      multiply<S>(n, p.width, count, Left<S>{z.data, 1, length}, Right<S>{h, p.width}, to_weight, p.width, first > 0);
+      multiply<S>(n, p.width, count, Left<S>{z.data, 1, length}, Right<S>{h, p.width}, to_weight, p.width,
+                  first > 0 ? ADD : WRITE);
       multiply<S>(count, p.width, n, Left<S>{z.data, length, 1}, Right<S>{weight + mixture * n * p.width, p.width},
-                  added + first * p.width, p.width, true);
+                  added + first * p.width, p.width, ADD);
     }
   }
 }

@@ -61,14 +61,14 @@ inline void store(bfloat16* to, __mmask16 mask, __m512 values) {
 
 template <typename Out, Int vectors, Int rows, bool far>
 inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                                                __mmask16 last, bool add, Early early) {
+                                                __mmask16 last, Store how, Early early) {
   const auto mask = [=](Int v) { return v < vectors - 1 ? __mmask16(0xffff) : last; };
   __m512 sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
     for (Int v = 0; v < vectors; v++) {
       sum[i][v] = _mm512_setzero_ps();
       if constexpr (std::is_same_v<Out, float>)
-        if (add) sum[i][v] = load(c + i * c_row + v * 16, mask(v));
+        if (how == ADD) sum[i][v] = load(c + i * c_row + v * 16, mask(v));
     }
   for (Int t = 0; t < terms.count; t++) {
     const uint32_t *left = a.data + terms.data[t].left, *right = b.data + terms.data[t].right;
@@ -82,19 +82,25 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
       }
     }
   }
+  if constexpr (std::is_same_v<Out, float>)
+    if (how == STREAM) {
+      for (Int i = 0; i < rows; i++)
+        for (Int v = 0; v < vectors; v++) stream((__m512*)(c + i * c_row + v * 16), sum[i][v]);
+      return;
+    }
   for (Int i = 0; i < rows; i++)
     for (Int v = 0; v < vectors; v++) store(c + i * c_row + v * 16, mask(v), sum[i][v]);
 }
 
 template <bool far, typename T, typename Out>
-void multiply_pairs(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add,
+void multiply_pairs(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
                     Early early) {
   const auto strip = [&](auto vectors) {
     const __mmask16 last = lanes(columns - (vectors - 1) * 16);
     for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
       const Early part = far ? early.part(2, first, count, rows) : early;
       const Left<T> left = {a.data + first * a.row, a.row, a.inner};
-      tile<Out, vectors, count, far>(terms, left, b, c + first * c_row, c_row, last, add, part);
+      tile<Out, vectors, count, far>(terms, left, b, c + first * c_row, c_row, last, how, part);
     });
   };
   for (; columns > 48; columns -= 64, b.data += 64, c += 64) strip(std::integral_constant<Int, 4>{});

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr Int CACHE = 512 << 10;  // bytes for a thread's kernels
+constexpr Int KERNELS = 512 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
 
 // Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many words apart.
 template <typename T>
@@ -38,7 +38,7 @@ struct Pixels {
 // Sum what pixels of an image, from one line to another, read through the taps of a kernel; `room` is for the terms.
 template <typename T, typename Out>
 void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Kernels<T> kernels, Out* to, Int to_size,
-           bool add, Term* room) {
+           Store how, Term* room) {
   const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
   for (Int d = 0; d < depth.count; d++)
     for (Int i = 0; i < height.runs; i++) {
@@ -61,7 +61,7 @@ void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Ke
           const Int at_h = across ? k : h, at_w = across ? w : k;
           Left<T> a = {from.data + lines.read(d, at_h, at_w) * from.size, row * from.size, 1};
           multiply<T>(rows, kernels.columns, terms, a, {kernels.data, kernels.row},
-                      to + lines.pixel(d, at_h, at_w) * to_size, to_row * to_size, add);
+                      to + lines.pixel(d, at_h, at_w) * to_size, to_row * to_size, how);
         }
       }
     }
@@ -83,9 +83,9 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const Parts all_rows = {p.cout, row_parts, LANES<T>};
   const Int most = all_rows.most();
   // Of folded cells a row is read for one part of each sample only.
-  const Int each = ceil_div(units, unit_parts), mixtures = p.folded ? 2 * MIXTURES<T> : MIXTURES<T>;
+  const Int each = ceil_div(units, unit_parts), mixtures = (p.folded ? Arithmetic<T>::values : 1) * MIXTURES;
   const Int together = ceil_div(each, ceil_div(each * parts, mixtures));
-  const Int fitting = CACHE / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
+  const Int fitting = KERNELS / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
   const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
   const bool direct = !PAIRED<T> || depth == p.cin;  // else outputs are rounded when they are summed up
   const auto mix = p.folded ? mix_folded<T, C> : mix_shared<T, C>;
@@ -107,6 +107,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
           };
           for (Int channel = 0; channel < p.cin; channel += depth) {
             const Int channels = std::min(depth, p.cin - channel);
+            const Store how = channel > 0 ? ADD : WRITE;
             const Int size = rows * channels + PAD, turned_size = row_length * words<T>(channels) + PAD;
             for (Int first = first_unit; first < last; first += together) {
               const Int count = std::min(together, last - first);
@@ -119,11 +120,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
                 const Pixels<T> pixels(image, p.channels_in(), p.blocks_in, channels, p.cin);
                 const Kernels<T> kernels = {turned.data, rows, row_length, p.blocks_in * turned_size, turned_size};
                 if (direct) {
-                  apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), channel > 0,
-                           terms.data);
+                  apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
                 } else {
                   Sum<T>* summed = &sums[(unit - first_unit) * p.pixels() * rows];
-                  apply<T>(lines, line, last_line, pixels, kernels, summed, rows, channel > 0, terms.data);
+                  apply<T>(lines, line, last_line, pixels, kernels, summed, rows, how, terms.data);
                 }
               }
             }
@@ -146,11 +146,11 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
   while (p.batch * ceil_div(p.cin, width) < wanted && width > LANES<T>) width = ceil_div(width, 2);
   const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
   const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;
-  const Int most = std::max<Int>(MIXTURES<T> / mixtures, 1);
+  const Int most = std::max<Int>(MIXTURES / mixtures, 1);
   const Int groups = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
   const Int together = ceil_div(p.batch, groups);
   const Int most_channels = all_channels.most();
-  const Int fitting = CACHE / Int(sizeof(T)) / (together * mixtures * most_channels) / 16 * 16;
+  const Int fitting = KERNELS_BACKWARD / Int(sizeof(T)) / (together * mixtures * most_channels) / 16 * 16;
   const Int depth = std::min(p.cout, std::max<Int>(fitting, 16));
   const bool direct = !PAIRED<T> || depth == p.cout;  // as in `convolve`
   const Int inputs = p.input[0] * p.input[1] * p.input[2];
@@ -174,6 +174,7 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
         };
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
+          const Store how = row > 0 ? ADD : WRITE;
           mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
                         channels, mixed.data, size, cell_words.data);
           for (Int sample = first; sample < last; sample++) {
@@ -189,10 +190,10 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
                 const Kernels<T> these = {kernels.data + block * kernel_size, channels, kernels.inner,
                                           p.blocks_in * kernel_size, parts * kernel_size};
                 if (direct) {
-                  apply<T>(lines, 0, lines.count, pixels, these, input(sample, block), p.channels_in(), row > 0,
+                  apply<T>(lines, 0, lines.count, pixels, these, input(sample, block), p.channels_in(), how,
                            terms.data);
                 } else {
-                  apply<T>(lines, 0, lines.count, pixels, these, summed(sample, block), channels, row > 0, terms.data);
+                  apply<T>(lines, 0, lines.count, pixels, these, summed(sample, block), channels, how, terms.data);
                 }
               }
             }

@@ -195,7 +195,7 @@ void mix_depthwise(Int rows, Int cells, Int channels, Int threads, const S* alph
         const Int row = block * most, channel = i * strip, width = std::min(strip, channels - channel);
         transpose<S>(width, cells, values + channel * cells, cells, turned.data, strip, strip);
         multiply<S>(std::min(most, rows - row), width, cells, Left<S>{alpha + row * cells, cells, 1},
-                    Right<S>{turned.data, strip}, kernels + row * channels + channel, channels, false);
+                    Right<S>{turned.data, strip}, kernels + row * channels + channel, channels, WRITE);
       }
   }
 }

@@ -10,20 +10,33 @@
 
 namespace {
 
+constexpr Int GRADIENTS = 384 << 10;  // bytes for a thread's gradients of kernels
+constexpr Int GATHERED = 256 << 10;  // bytes of an image's rows that are brought together
 constexpr Int PIXELS = 128;  // that are summed over at once, and stay in the first-level cache for all rows
 
 // Memory for `correlate`.
 template <typename T>
 struct Correlating {
+  bool gathered;  // whether rows of what pixels have received are brought together: they lie far apart otherwise
   Buffer<Term> terms;
   Buffer<Word<T>> grad, x;  // words of neighbouring pixels of a line
   Buffer<Sum<T>> sums, turned;
 
   Correlating(const Lines& lines, Int rows, Int channels)
-      : terms(PIXELS), grad(PAIRED<T> ? lines.count * words<T>(lines.width.count) * round_up(rows) : 0),
+      : gathered(PAIRED<T> || lines.count * lines.width.count * round_up(rows) * Int(sizeof(T)) <= GATHERED),
+        terms(PIXELS), grad(gathered ? lines.count * words<T>(lines.width.count) * round_up(rows) : 0),
         x(PAIRED<T> ? PIXELS * round_up(channels) : 0), sums(PAIRED<T> ? rows * channels : 0),
         turned(channels * round_up(rows)) {}
 };
+
+// Bring rows together that lie far apart.
+template <typename T>
+void gather(Int rows, Int columns, const T* from, Int row, T* to, Int to_row) {
+  for (Int i = 0; i < rows; i++, from += row, to += to_row) {
+    ask_for<0>(from + AHEAD * row, 1, 0, columns);
+    std::copy_n(from, columns, to);
+  }
+}
 
 // Part of the pixels of an output: some lines of them from (depth, height) on, in each those from `first` to `last`.
 struct Patch {
@@ -51,24 +64,30 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   const Int row_step = p.channels_out(), channel_step = p.pixel_step();
   const Int row_length = round_up(rows), length = round_up(channels), line = words<T>(width.count);
   if (depth.taps * height.taps * width.taps * p.blocks_in < p.parts()) std::fill_n(kernels, p.parts() * size, T{});
-  if constexpr (PAIRED<T>)
-    for (Int i = 0; i < lines.count; i++) {
-      const T* from = grad + i * width.count * row_step;
-      right_factor<T>(width.count, rows, from, row_step, &room.grad[i * line * row_length]);
+  for (Int i = 0; i < lines.count && room.gathered; i++) {
+    const T* from = grad + i * width.count * row_step;
+    Word<T>* to = &room.grad[i * line * row_length];
+    if constexpr (PAIRED<T>) {
+      right_factor<T>(width.count, rows, from, row_step, to);
+    } else {
+      gather(width.count, rows, from, row_step, to, row_length);
     }
+  }
+  const Word<T>* all = room.gathered ? room.grad.data : (const Word<T>*)grad;
+  const Int step = room.gathered ? row_length : row_step;
   lines.for_taps(depth.all(), height.all(), width.all(), [&](const Tap& d, const Tap& h, const Tap& w) {
     for (Int block = 0; block < p.blocks_in; block++) {
       T* kernel = kernels + (lines.number(d, h, w) * p.blocks_in + block) * size;
       const T* in = x + lines.ahead(d, h, w) * p.channels_in() + block * p.cin;
-      bool add = false;
+      Store how = WRITE;
       // Sums over `terms` of products of what pixels have received and what they read.
       const auto sum = [&](Terms terms, Left<T> received, Right<T> grads, Left<T> seen, Right<T> read, auto* out) {
         if (turned) {
-          multiply<T>(channels, rows, terms, seen, grads, room.turned.data, row_length, add);
+          multiply<T>(channels, rows, terms, seen, grads, room.turned.data, row_length, how);
         } else {
-          multiply<T>(rows, channels, terms, received, read, out, channels, add);
+          multiply<T>(rows, channels, terms, received, read, out, channels, how);
         }
-        add = true;
+        how = ADD;
       };
       for_patches<T>(lines, d, h, w, [&](const Patch& patch) {
         if constexpr (PAIRED<T>) {
@@ -80,17 +99,17 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
               pair_rows(channels, pixel(n), pixel(n + 1), to);
           }
           const Int number = (patch.depth * height.count + patch.height) * line + patch.first / 2;
-          const Word<T>* received = &room.grad[number * row_length];
+          const Word<T>* received = all + number * row_length;
           sum({WHOLE, 1, (to - room.x.data) / length}, {received, 1, row_length}, {received, row_length},
               {room.x.data, 1, length}, {room.x.data, length}, room.sums.data);
         } else {
           for (Int k = 0; k < patch.lines; k++) {
-            const Int received = lines.pixel(patch.depth, patch.height + k, patch.first) * row_step;
+            const Int received = lines.pixel(patch.depth, patch.height + k, patch.first) * step;
             const Int read = lines.read(patch.depth, patch.height + k, patch.first) * p.channels_in();
             room.terms[k] = turned ? Term{read, received} : Term{received, read};
           }
-          sum({room.terms.data, patch.lines, patch.pixels()}, {grad, 1, row_step}, {grad, row_step},
-              {in, 1, channel_step}, {in, channel_step}, kernel);
+          sum({room.terms.data, patch.lines, patch.pixels()}, {all, 1, step},
+              {all, step}, {in, 1, channel_step}, {in, channel_step}, kernel);
         }
       });
       if constexpr (PAIRED<T>) {
@@ -111,13 +130,17 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most(), length = words<T>(p.cells);
   const bool turned = p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
-  // More rows at a time read the image less often, which counts where a strip of it leaves the cache.
-  const bool large = p.pixels() * STRIP<T> * Int(sizeof(T)) > 128 << 10;
-  const Int tall = (PAIRED<T> || large ? 6 : 3) * TALL;
+  // Fewer mixtures leave room for more rows, for each of which a large image is read less often than cells are.
+  const Int mixtures = !PAIRED<T> && p.pixels() > 8 * p.cells ? MIXTURES / 2 : MIXTURES;
+  const Int together = ceil_div(units, ceil_div(units * parts, mixtures));
+  const Int fitting = GRADIENTS / Int(sizeof(T)) / (together * parts * most) / TALL;
+  const Int tall = std::max<Int>(fitting, 3) * TALL;
   const Int row_parts = std::max(ceil_div(p.cout, turned ? STRIP<T> : tall),
                                  std::min(p.cout, ceil_div(threads, channel_parts)));
   const Parts all_rows = {p.cout, row_parts, turned ? LANES<T> : 1};
-  const Int together = ceil_div(units, ceil_div(units * parts, MIXTURES<T>)), most_rows = all_rows.most();
+  const Int most_rows = all_rows.most();
+  const bool far = p.cells * p.cout * p.cin * Int(sizeof(Sum<T>)) > FAR;
+  const bool aligned = p.cin % LANES<T> == 0 && (uintptr_t)grad_cells % REGISTER == 0;
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> kernels(together * parts * (most_rows * most + PAD));
@@ -140,10 +163,12 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
                          correlating);
           }
           const Int mixture = first * parts, at = row * p.cells * p.cin + channel;
+          const Store how = first > 0 ? ADD : far && aligned ? STREAM : WRITE;
           unmix<T>(p, alpha + mixture * length * Arithmetic<T>::values, cells + at, kernels.data, count * parts, rows,
-                   channels, size, first > 0, unmixing, own_alpha + mixture * padded, grad_cells + at);
+                   channels, size, how, unmixing, own_alpha + mixture * padded, grad_cells + at);
         }
       }
+    fence();
   }
 }
 

@@ -6,8 +6,8 @@
 
 namespace {
 
-template <typename T>
-constexpr Int MIXTURES = 40 * Arithmetic<T>::values;  // that a row of the cells is read for: it stays in a cache
+constexpr Int MIXTURES = 80;  // that a row of the cells is read for: it stays in a cache
+constexpr Int FAR = 8 << 20;  // bytes that are too many to be in a cache when they are read again
 constexpr Int PAD = 16;  // between kernels: at powers of two they would share few lines of the caches
 
 // Ask for a matrix (rows, columns) early, to read or to write.
@@ -63,7 +63,7 @@ void mix_shared(const Problem& p, const T* alpha, const C* cells, Int unit, Int 
       const C *first = cells + r * p.cells * p.cin + channel + from;
       const C *next = from + columns < channels ? first + columns : first - from + p.cells * p.cin;
       const Right<T> b = right_factor<T>(p.cells, columns, first, p.cin, room);
-      multiply<T>(mixtures, columns, length, {coefficients, length, 1}, b, out + from, size, false,
+      multiply<T>(mixtures, columns, length, {coefficients, length, 1}, b, out + from, size, WRITE,
                   {next, p.cin, columns});
     }
 }
@@ -83,7 +83,7 @@ void mix_folded(const Problem& p, const T* alpha, const C* cells, Int unit, Int 
         const Int columns = std::min(STRIP<T>, channels - from);
         const C* next = from + columns < channels ? first + from + columns : next_part;
         const Right<T> b = right_factor<T>(p.cells, columns, first + from, parts * p.cin, room);
-        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, false,
+        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, WRITE,
                     {next, parts * p.cin, columns});
       }
     }
@@ -115,7 +115,7 @@ struct Unmixing {
 // are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
 template <typename T>
 void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kernels, Int mixtures, Int rows,
-           Int channels, Int size, bool add, const Unmixing<T>& room, Sum<T>* grad_alpha, Sum<T>* grad_cells) {
+           Int channels, Int size, Store how, const Unmixing<T>& room, Sum<T>* grad_alpha, Sum<T>* grad_cells) {
   const Int padded = round_up(p.cells), row = p.cells * p.cin, length = words<T>(p.cells) * Arithmetic<T>::values;
   const Right<T> turned = {room.turned.data, padded};
   const Right<T> coefficients = right_factor<T>(mixtures, p.cells, alpha, length, room.coefficients.data);
@@ -123,9 +123,9 @@ void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kerne
     const Right<T> received = right_factor<T>(mixtures, channels, kernels, size, room.kernels.data);
     for (Int cell = 0; cell < p.cells; cell += 2 * TALL) {
       const Int few = std::min(2 * TALL, p.cells - cell), at = cell * p.cin;
-      ask_for<1>(grad_cells + at + row, few, p.cin, channels);
+      if (how != STREAM) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
       multiply<T>(few, channels, words<T>(mixtures), {coefficients.data + cell, 1, coefficients.inner}, received,
-                  grad_cells + at, p.cin, add);
+                  grad_cells + at, p.cin, how);
     }
     if constexpr (PAIRED<T>) {
       round_rows(p.cells, channels, cells, p.cin, room.rounded.data, channels);
@@ -137,7 +137,7 @@ void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kerne
       const Early next(cells + row + cell * p.cin, p.cin, channels);
       multiply<T>(mixtures, std::min(STRIP<T>, padded - cell), words<T>(channels),
                   {(const Word<T>*)kernels, words<T>(size), 1}, {turned.data + cell, padded}, grad_alpha + cell, padded,
-                  true, next);
+                  ADD, next);
     }
   }
 }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -71,6 +71,26 @@ struct Terms {
 };
 constexpr Term WHOLE[1] = {{0, 0}};
 
+// What becomes of a product: it is written, added to what is there, or written past the caches to far memory. The last
+// is for whole registers at their own alignment, and wants a `fence` before others read.
+enum Store { WRITE, ADD, STREAM };
+
+template <typename V>
+inline void stream(V* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)value);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)value);
+#endif
+  *to = value;
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Rows in far memory that are asked for while a product is computed, as many for each word as it has values; who asks
 // for all of them at once has to wait for them.
 struct Early {
@@ -130,12 +150,12 @@ inline __attribute__((always_inline)) void for_rows(Int rows, Work work) {
 }
 
 template <typename T, Int lanes, Int vectors, Int rows, bool far>
-inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add,
+inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
                                                 Early early) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
-    for (Int v = 0; v < vectors; v++) sum[i][v] = add ? *(const V*)(c + i * c_row + v * lanes) : V{};
+    for (Int v = 0; v < vectors; v++) sum[i][v] = how == ADD ? *(const V*)(c + i * c_row + v * lanes) : V{};
   for (Int t = 0; t < terms.count; t++) {
     const T *left = a.data + terms.data[t].left, *right = b.data + terms.data[t].right;
     for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
@@ -150,26 +170,31 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
         for (Int v = 0; v < vectors; v++) sum[i][v] += left[i * a.row] * value[v];
     }
   }
+  if (how == STREAM) {
+    for (Int i = 0; i < rows; i++)
+      for (Int v = 0; v < vectors; v++) stream((V*)(c + i * c_row + v * lanes), sum[i][v]);
+    return;
+  }
   for (Int i = 0; i < rows; i++)
     for (Int v = 0; v < vectors; v++) *(V*)(c + i * c_row + v * lanes) = sum[i][v];
 }
 
 // As many columns as `vectors` hold, for any number of rows.
 template <typename T, Int lanes, Int vectors, bool far>
-void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add, Early early) {
+void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how, Early early) {
   for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
     const Early part = far ? early.part(1, first, count, rows) : early;
     tile<T, lanes, vectors, count, far>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row,
-                                        add, part);
+                                        how, part);
   });
 }
 
 template <typename T, bool far>
-void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, bool add,
+void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
                      Early early) {
 #define COLUMNS(lanes, vectors, far)                                        \
   for (; columns >= lanes * vectors; columns -= lanes * vectors) {          \
-    strip<T, lanes, vectors, far>(rows, terms, a, b, c, c_row, add, early); \
+    strip<T, lanes, vectors, far>(rows, terms, a, b, c, c_row, how, early); \
     b.data += lanes * vectors;                                              \
     c += lanes * vectors;                                                   \
   }
@@ -186,23 +211,24 @@ void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, 
 }
 
 template <bool far, typename T, typename Out>
-void multiply_pairs(Int, Int, Terms, Left<T>, Right<T>, Out*, Int, bool, Early);  // in bfloat16.h
+void multiply_pairs(Int, Int, Terms, Left<T>, Right<T>, Out*, Int, Store, Early);  // in bfloat16.h
 
-// c (rows, columns) = a b, or c += a b, which rounded results cannot be.
+// c (rows, columns) = a b, or c += a b, which rounded results cannot be, or the first past the caches.
 template <typename T, typename Out>
-void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, bool add,
+void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
               Early early = {}) {
   if constexpr (Arithmetic<T>::values == 1) {
     const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
-    run(rows, columns, terms, a, b, c, c_row, add, early);
+    run(rows, columns, terms, a, b, c, c_row, how, early);
   } else {
     const auto run = early.row ? multiply_pairs<true, T, Out> : multiply_pairs<false, T, Out>;
-    run(rows, columns, terms, a, b, c, c_row, add, early);
+    run(rows, columns, terms, a, b, c, c_row, how, early);
   }
 }
 template <typename T, typename Out>
-void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, Out* c, Int c_row, bool add, Early early = {}) {
-  multiply<T>(rows, columns, {WHOLE, 1, inner}, a, b, c, c_row, add, early);
+void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
+              Early early = {}) {
+  multiply<T>(rows, columns, {WHOLE, 1, inner}, a, b, c, c_row, how, early);
 }
 
 #if defined(__AVX512F__)

@@ -70,8 +70,12 @@ def test_parity(threads, name, count):
         ((4, 6, 3, 3, 3), (2, 3, 1, 1, 1), 9, (1, 1, 1), 2),  # most taps read nothing
         ((130, 3, 5, 5), (130, 3, 1, 1), 4, (9, 11), 2),  # few input channels: the gradient of the kernels is turned
         ((40, 21, 1, 1), (40, 21, 1, 1), 3, (13, 9), 3),  # so it is here, where a register and a half hold them
+        ((40, 24, 1, 1), (40, 24, 1, 1), 3, (71, 60), 1),  # a large image is not brought together
+        ((128, 128, 3, 3), (128, 128, 1, 1), 150, (4, 3), 2),  # gradients of many cells go past the caches
+        ((128, 128, 3, 3), (128, 128, 1, 1), 150, (4, 3), 10),  # and are added to by more mixtures
+        ((128, 100, 1, 1), (128, 100, 1, 1), 200, (4, 3), 2),  # or they do not, where rows are no whole registers
     ],
-    ids=["parts", "taps", "samples", "lines", "volume", "voxel", "stem", "narrow"],
+    ids=["parts", "taps", "samples", "lines", "volume", "voxel", "stem", "narrow", "image", "far", "farther", "odd"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch, dtype):
