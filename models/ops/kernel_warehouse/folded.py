@@ -18,10 +18,10 @@ from ..geometry import Geometry
 from ..images import empty_images
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention, pool
+from .attention_operator import folded_at_once, folds_at_once
 from .mixed_conv import computing_type
 from .mixing import by_output_blocks, mix_rows
 from .native import folds_natively, native_folded_conv
-from .native_attention import folds_attention_natively, native_folded_attention
 from .partition import Partition
 from .streamed import tiles
 
@@ -93,8 +93,8 @@ def folded_kernels(attention: Attention, products: Tensor, pooled: Tensor, parti
 
 def _coefficients(attention: Attention, x: Tensor) -> Tensor:
     """s [h; 1], (B, m, r + 1)."""
-    if folds_attention_natively(attention, x):
-        return native_folded_attention(attention, x)
+    if folds_at_once(attention, x):
+        return folded_at_once(attention, x)
     hidden, scales = _hidden_and_scales(attention, pool(x)[0])
     return scales.unsqueeze(2) * hidden.unsqueeze(1)
 

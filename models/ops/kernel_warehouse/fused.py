@@ -244,9 +244,14 @@ def _grid(programs: int, extents: dict[str, int]) -> Callable[[dict[str, int]], 
     return lambda blocks: (programs * math.prod(math.ceil(size / blocks[name]) for name, size in extents.items()),)
 
 
+def precision() -> str:
+    """In which the kernels multiply single precision: as torch's products are told to."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 def _constants(window: Sequence[int], samples: slice, positions: int) -> dict[str, int | str]:
     return {
         **_Window(*window)._asdict(),
-        "precision": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "precision": precision(),
         "size_class": 64 * positions.bit_length() + (samples.stop - samples.start).bit_length(),
     }

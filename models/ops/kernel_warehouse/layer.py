@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ..geometry import Geometry, Padding
 from .attention import EPSILON, Attention, pool
+from .attention_operator import attend_at_once, attends_at_once
 from .folded import fold_products, folded_conv, folded_kernels
 from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import cut, mix
-from .native_attention import attends_natively, native_attention
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
@@ -105,8 +105,8 @@ class KWLayer(nn.Module):
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""
         temperature = self.warehouses.temperature
-        if self.implementation in ("auto", "native") and attends_natively(self.attention, x):
-            return native_attention(self.attention, x, temperature)
+        if attends_at_once(self.attention, x, self.implementation):
+            return attend_at_once(self.attention, x, temperature)
         pooled, x = pool(x)
         return self.attention(pooled, temperature), x
 

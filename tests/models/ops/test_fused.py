@@ -1,14 +1,7 @@
-"""The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any.
+"""The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
 
-Triton decides when a kernel is defined whether it is interpreted, so that one process cannot do both.
-"""
-
-import importlib.util
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +12,9 @@ from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .convolutions import CONVOLUTIONS, convolution
+from .interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
 from .layers import make, naive_forward
 from .parity import assert_parity
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def case(name):
@@ -51,16 +41,10 @@ def multiply_bfloat16(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
     """Everything in `TestKernels`, on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run([*command, "-k", "TestKernels"], capture_output=True, text=True, cwd=root, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
-    assert int(done.stdout.splitlines()[-1].split()[0]) > len(CONVOLUTIONS)
+    assert run_in_interpreter(__file__) > len(CONVOLUTIONS)
 
 
-@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter, and on a GPU")
+@in_interpreter
 class TestKernels:
     @pytest.fixture(autouse=True)
     def nothing_is_streamed(self, monkeypatch):
@@ -208,22 +192,15 @@ def test_taken_only_by_name(kernel, size):
 @pytest.mark.parametrize("name", ["convolve", "convolve_transposed", "correlate"])
 def test_compiles_for_gpus_that_are_not_here(name, architecture, type_name, tile, monkeypatch, tmp_path):
     """Down to machine code, with products on the tensor cores and loads that run ahead."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from kernelwarehouse.models.ops.kernel_warehouse import fused_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tuner = getattr(fused_kernels, name)
+    config = tuner.configs[tile]
     constants = dict(zip(fused._Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
-    constants |= {"precision": "tf32", **tuner.configs[tile].kwargs}
-    pointers = {"x", "w", "y", "grad", "grad_x", "grad_w"}
-    names = tuner.fn.arg_names
-    signature = {n: f"*{type_name}" if n in pointers else "constexpr" if n in constants else "i32" for n in names}
-    options = {"num_warps": tuner.configs[tile].num_warps, "num_stages": tuner.configs[tile].num_stages}
-    source = ASTSource(tuner.fn, signature, {(names.index(n),): value for n, value in constants.items()})
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
-    assert compiled.asm["cubin"]
+    constants |= {"precision": "tf32", **config.kwargs}
+    types = dict.fromkeys(("x", "w", "y", "grad", "grad_x", "grad_w"), f"*{type_name}")
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = compile_for_gpu(tuner.fn, architecture, types, constants, options)
     assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= 160 << 10  # of the 163 KB that an A100 has for a block

@@ -1,6 +1,7 @@
-"""The attention in C++, for a CPU: one call from images to coefficients where torch takes a dozen.
+"""The attention as an operator: in C++ for a CPU, by Triton on a GPU.
 
-A small layer's convolution takes as long as two or three of torch's operators, so that each of them counts.
+A small layer's convolution takes as long as two or three of torch's operators, of which the module takes a dozen. On a
+CPU, inference takes one from images to coefficients; on a GPU, and in training, one from the hidden vector on.
 """
 
 import ctypes
@@ -13,17 +14,24 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..exporting import exporting
 from ..native import attention_sizes, call, can_run, in_either_layout, operator, sum_type
+from . import fused
 from .attention import EPSILON, Attention, AttentionBatchNorm1d, pool
 
 _TENSORS = (nn.Parameter, Tensor)
 
 
-def attends_natively(attention: Attention, x: Tensor) -> bool:
-    """Whether `native_attention` can compute what the module would, and nobody is looking at it."""
+def attends_at_once(attention: Attention, x: Tensor, implementation: str = "auto") -> bool:
+    """Whether `attend_at_once` can compute what the module would, and nobody is looking at it.
+
+    Args:
+        attention: A layer's.
+        x: Images, (B, C, *spatial).
+        implementation: The layer's: "auto" and "native" take C++ on a CPU, "fused" takes Triton on a GPU.
+    """
     fc2 = attention._modules["fc2"]  # ten times as fast as by the attribute
     return (
         not exporting()
-        and can_run(x.device.type, x.dtype)
+        and _is_at_hand(implementation, x)
         and not attention.num_basis
         and _is_plain(fc2)
         and fc2.weight.dtype == sum_type(x.dtype)
@@ -31,35 +39,42 @@ def attends_natively(attention: Attention, x: Tensor) -> bool:
     )
 
 
+def _is_at_hand(implementation: str, x: Tensor) -> bool:
+    if implementation == "fused":
+        return x.is_cuda and fused.can_run("cuda", warn=True)
+    return implementation in ("auto", "native") and can_run(x.device.type, x.dtype)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer is torch's own, with weights that are no more than tensors, and has no hook."""
     return type(linear) is nn.Linear and type(linear._parameters["weight"]) in _TENSORS and not _hooks(linear)
 
 
-def native_attention(attention: Attention, x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def attend_at_once(attention: Attention, x: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """α (B, m, n), in single precision at least, and x, to be used in place of it from here on.
 
     Args:
-        attention: One that `attends_natively`.
-        x: Images, (B, C, *spatial), of a type that `can_run`.
+        attention: One that `attends_at_once`.
+        x: Images, (B, C, *spatial).
         temperature: τ, a scalar tensor.
     """
     assignment = attention.assignment
-    if torch.is_grad_enabled() or not _is_whole(attention):
+    if torch.is_grad_enabled() or x.is_cuda or not _is_whole(attention):
         pooled, x = pool(x)
         weight, bias = attention._modules["fc2"]._parameters.values()
-        return _Coefficients.apply(attention.hidden(pooled).to(weight.dtype), weight, bias, assignment, temperature), x
+        compute = _Coefficients.apply if torch.is_grad_enabled() else _coefficients
+        return compute(attention.hidden(pooled).to(weight.dtype), weight, bias, assignment, temperature), x
     return _attention(x, *_parameters(attention), assignment, temperature), x
 
 
-def native_folded_attention(attention: Attention, x: Tensor) -> Tensor:
-    """The coefficients s [h; 1] of a folded layer (see `folded`), (B, m, r + 1); arguments as `native_attention`."""
+def folded_at_once(attention: Attention, x: Tensor) -> Tensor:
+    """The coefficients s [h; 1] of a folded layer (see `folded`), (B, m, r + 1); arguments as `attend_at_once`."""
     return _attention(x, *_parameters(attention), None, None)
 
 
-def folds_attention_natively(attention: Attention, x: Tensor) -> bool:
-    """Whether `native_folded_attention` can compute what the module would, and nobody is looking at it."""
-    return attends_natively(attention, x) and _is_whole(attention)
+def folds_at_once(attention: Attention, x: Tensor) -> bool:
+    """Whether `folded_at_once` can compute what the module would, and nobody is looking at it."""
+    return attends_at_once(attention, x) and _is_whole(attention)
 
 
 def _is_whole(attention: Attention) -> bool:
@@ -101,7 +116,16 @@ def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Ten
     return hidden.new_empty(hidden.shape[0], *assignment.shape)
 
 
-@operator("coefficients", fake=_empty_alpha)
+def _coefficients_on_gpu(
+    hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor
+) -> Tensor:
+    from . import fused_attention  # which needs Triton
+
+    _check_fit(weight, hidden.shape[1], *assignment.shape)
+    return fused_attention.coefficients(hidden, weight, bias, assignment, temperature)
+
+
+@operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu)
 def _coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
     _check_fit(weight, hidden.shape[1], *assignment.shape)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
@@ -116,7 +140,13 @@ def _empty_gradients(
     return tuple(torch.empty_like(value, memory_format=torch.contiguous_format) for value in (hidden, weight, bias))
 
 
-@operator("coefficients_gradients", fake=_empty_gradients)
+def _coefficients_gradients_on_gpu(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from . import fused_attention
+
+    return fused_attention.gradients(*operands)
+
+
+@operator("coefficients_gradients", fake=_empty_gradients, cuda=_coefficients_gradients_on_gpu)
 def _coefficients_gradients(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, native_attention, set_implementation
+from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, attention_operator, set_implementation
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.native import mean
 
@@ -45,8 +45,8 @@ def test_it_is_the_module(size, last, norm, train):
     attention = attention_of(norm=norm).train(train)
     x, temperature = images_of(attention, SIZES[size], last), torch.tensor(0.3).double()
     with torch.set_grad_enabled(train):
-        assert native_attention.attends_natively(attention, x)
-        alpha, used = native_attention.native_attention(attention, x, temperature)
+        assert attention_operator.attends_at_once(attention, x)
+        alpha, used = attention_operator.attend_at_once(attention, x, temperature)
         torch.testing.assert_close(alpha, truth(attention, x, temperature))
     torch.testing.assert_close(used, x)
 
@@ -58,7 +58,7 @@ def test_other_counts(channels, cells, mixtures, batch, dtype):
     attention = Attention(channels, cells, own, assign(mixtures, cells, 0), dtype=dtype).eval()
     x = images_of(attention, (8, 6), True, batch)
     with torch.no_grad():
-        alpha, _ = native_attention.native_attention(attention, x, torch.zeros((), dtype=dtype))
+        alpha, _ = attention_operator.attend_at_once(attention, x, torch.zeros((), dtype=dtype))
         torch.testing.assert_close(alpha, truth(attention, x, torch.zeros((), dtype=dtype)))
 
 
@@ -73,7 +73,7 @@ def test_gradients(temperature, norm):
     def gradients(alpha, received):
         return torch.autograd.grad(alpha, leaves, received, allow_unused=True, materialize_grads=True)
 
-    alpha, _ = native_attention.native_attention(attention, x, tau)
+    alpha, _ = attention_operator.attend_at_once(attention, x, tau)
     received = torch.randn_like(alpha)
     torch.testing.assert_close(gradients(alpha, received), gradients(truth(attention, x, tau), received))
 
@@ -84,7 +84,7 @@ def test_at_temperature_one_coefficients_are_the_assignment_to_the_last_digit():
     x, tau = images_of(attention, (7, 5), True), torch.tensor(1.0)
     for train in (True, False):
         with torch.set_grad_enabled(train):
-            alpha, _ = native_attention.native_attention(attention.train(train), x, tau)
+            alpha, _ = attention_operator.attend_at_once(attention.train(train), x, tau)
         assert torch.equal(alpha, attention.assignment.expand_as(alpha))
 
 
@@ -92,7 +92,7 @@ def test_gradients_are_those_at_the_temperature_of_the_forward_pass():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True).requires_grad_(), torch.tensor(0.25).double()
     (expected,) = torch.autograd.grad(truth(attention, x, tau).square().sum(), x)
-    alpha, _ = native_attention.native_attention(attention, x, tau)
+    alpha, _ = attention_operator.attend_at_once(attention, x, tau)
     tau.fill_(1.0)
     torch.testing.assert_close(torch.autograd.grad(alpha.square().sum(), x)[0], expected)
 
@@ -104,7 +104,7 @@ def test_logits_of_zero_have_the_gradient_that_torch_gives_them():
     weights = [attention.fc2.weight, attention.fc2.bias]
     torch.manual_seed(1)
     received = torch.randn(3, 5, 37).double()
-    alpha, _ = native_attention.native_attention(attention, x, tau)
+    alpha, _ = attention_operator.attend_at_once(attention, x, tau)
     expected = torch.autograd.grad(truth(attention, x, tau), weights, received)
     torch.testing.assert_close(torch.autograd.grad(alpha, weights, received), expected)
 
@@ -113,9 +113,9 @@ def test_training_moves_the_running_statistics_and_evaluation_does_not():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True), torch.tensor(0.0).double()
     before = attention.norm.running_mean.clone()
-    native_attention.native_attention(attention.eval(), x, tau)
+    attention_operator.attend_at_once(attention.eval(), x, tau)
     torch.testing.assert_close(attention.norm.running_mean, before)
-    native_attention.native_attention(attention.train(), x, tau)
+    attention_operator.attend_at_once(attention.train(), x, tau)
     assert not torch.equal(attention.norm.running_mean, before)
 
 
@@ -123,7 +123,7 @@ def test_bfloat16_images_lose_nothing_but_their_own_digits():
     attention = attention_of(channels=24, dtype=torch.float32).eval()
     x, tau = images_of(attention, (9, 9), True).bfloat16(), torch.tensor(0.0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        alpha, _ = native_attention.native_attention(attention, x, tau)
+        alpha, _ = attention_operator.attend_at_once(attention, x, tau)
     with torch.no_grad():
         torch.testing.assert_close(alpha, truth(attention, x.float(), tau))
 
@@ -135,7 +135,7 @@ def test_the_number_of_threads_does_not_change_a_digit():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with torch.no_grad():
-                found.append(native_attention.native_attention(attention, x, torch.tensor(0.0))[0])
+                found.append(attention_operator.attend_at_once(attention, x, torch.tensor(0.0))[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
@@ -172,8 +172,8 @@ def test_compiled_in_one_graph(case, train, dynamic):
 class TestWhereItIsTaken:
     def taken(self, monkeypatch, layer, x, implementation="auto"):
         seen = []
-        run = native_attention._attention
-        monkeypatch.setattr(native_attention, "_attention", lambda *a: seen.append(1) or run(*a))
+        run = attention_operator._attention
+        monkeypatch.setattr(attention_operator, "_attention", lambda *a: seen.append(1) or run(*a))
         set_implementation(layer, implementation)
         with torch.no_grad():
             layer(x)
@@ -223,23 +223,23 @@ class TestWhereItIsTaken:
 
     def test_not_for_a_type_that_it_does_not_compute(self):
         attention = attention_of()
-        assert not native_attention.attends_natively(attention, torch.randn(2, 6, 3, 3).half())
-        assert not native_attention.attends_natively(attention, torch.randn(2, 6, 3, 3))  # of double parameters
+        assert not attention_operator.attends_at_once(attention, torch.randn(2, 6, 3, 3).half())
+        assert not attention_operator.attends_at_once(attention, torch.randn(2, 6, 3, 3))  # of double parameters
 
     @pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.LayerNorm(16, bias=False), nn.LayerNorm(16, 1e-5, False)])
     def test_another_norm_is_asked(self, norm):
         attention = attention_of(reduction=1.0).eval()
         attention.norm = norm.double().eval()
         x, tau = images_of(attention, (7, 5), True), torch.tensor(0.3).double()
-        assert not native_attention.folds_attention_natively(attention, x)
+        assert not attention_operator.folds_at_once(attention, x)
         with torch.no_grad():
-            alpha, _ = native_attention.native_attention(attention, x, tau)
+            alpha, _ = attention_operator.attend_at_once(attention, x, tau)
             torch.testing.assert_close(alpha, truth(attention, x, tau))
 
     def test_a_norm_without_statistics_is_asked(self):
         attention = attention_of().eval()
         attention.norm.running_mean = attention.norm.running_var = None
-        assert not native_attention.folds_attention_natively(attention, images_of(attention, (7, 5), True))
+        assert not attention_operator.folds_at_once(attention, images_of(attention, (7, 5), True))
 
     def test_not_for_weights_that_are_more_than_tensors(self):
         class Quantised(nn.Parameter):
@@ -247,7 +247,7 @@ class TestWhereItIsTaken:
 
         attention = attention_of().eval()
         attention.fc2.weight = Quantised(attention.fc2.weight.data)
-        assert not native_attention.attends_natively(attention, images_of(attention, (7, 5), True))
+        assert not attention_operator.attends_at_once(attention, images_of(attention, (7, 5), True))
 
     def test_not_for_a_basis(self, monkeypatch):
         layer, _, x = make("conv2d-nonlocal")
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_refused(part, message):
     x, old = images_of(attention, (7, 5), True), getattr(attention, part)
     setattr(attention, part, nn.Linear(old.in_features + 1, old.out_features).double())
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        native_attention.native_attention(attention, x, torch.tensor(0.0).double())
+        attention_operator.attend_at_once(attention, x, torch.tensor(0.0).double())
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
@@ -270,7 +270,7 @@ def test_buffers_of_another_type_are_converted(train):
     expected = truth(attention, x, tau)
     attention.assignment = attention.assignment.float()
     with torch.set_grad_enabled(train):
-        alpha, _ = native_attention.native_attention(attention, x, tau)
+        alpha, _ = attention_operator.attend_at_once(attention, x, tau)
     torch.testing.assert_close(alpha, expected)
 
 
@@ -299,7 +299,7 @@ def test_it_keeps_less_for_the_backward_pass_than_torch_does():
 
     pooled, _ = pool(x)
     alpha = attention(pooled, tau).numel()
-    ours = kept(lambda: native_attention.native_attention(attention, x, tau))
+    ours = kept(lambda: attention_operator.attend_at_once(attention, x, tau))
     assert ours <= kept(lambda: attention(pool(x)[0], tau)) - alpha
 
 
@@ -312,11 +312,11 @@ def test_operators_are_well_formed():
     last = fc2.weight.detach(), fc2.bias.detach(), attention.assignment, tau
     for held in (last[2:], (None, None)):
         operands = x, *first, *middle, *last[:2], attention.mixtures, *held
-        torch.library.opcheck(native_attention._attention, operands)
+        torch.library.opcheck(attention_operator._attention, operands)
     hidden = torch.randn(3, fc1.out_features).double()
-    torch.library.opcheck(native_attention._coefficients, (hidden, *last))
+    torch.library.opcheck(attention_operator._coefficients, (hidden, *last))
     grad = torch.randn(3, *attention.assignment.shape).double()
-    torch.library.opcheck(native_attention._coefficients_gradients, (grad, hidden, *last[:2], tau))
+    torch.library.opcheck(attention_operator._coefficients_gradients, (grad, hidden, *last[:2], tau))
     torch.library.opcheck(mean, (x,))
 
 
@@ -326,10 +326,10 @@ def test_of_a_folded_layer(norm, size):
     attention = attention_of(norm=norm).eval()
     x = images_of(attention, SIZES[size], True)
     with torch.no_grad():
-        assert native_attention.folds_attention_natively(attention, x)
-        alpha = native_attention.native_folded_attention(attention, x)
+        assert attention_operator.folds_at_once(attention, x)
+        alpha = attention_operator.folded_at_once(attention, x)
         hidden = attention.hidden(x.flatten(2).mean(2))
         scale = 1 / (attention.logits(hidden).abs().sum(2) + 1e-3)
     torch.testing.assert_close(alpha[..., :-1], scale[..., None] * hidden[:, None])
     torch.testing.assert_close(alpha[..., -1], scale)
-    assert not native_attention.folds_attention_natively(attention.train(), x)
+    assert not attention_operator.folds_at_once(attention.train(), x)

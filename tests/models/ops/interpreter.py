@@ -1,0 +1,45 @@
+"""Triton without a GPU: its interpreter, and its compiler for GPUs that are not here.
+
+Triton decides when a kernel is defined whether it is interpreted, so that one process cannot do both.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+in_interpreter = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="runs in test_in_the_interpreter, and on a GPU"
+)
+
+
+def run_in_interpreter(file):
+    """Run `TestKernels` of a file in a process of its own, and return how many tests passed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run([*command, "-k", "TestKernels"], capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    return int(done.stdout.splitlines()[-1].split()[0])
+
+
+def compile_for_gpu(kernel, architecture, types, constants, options):
+    """Down to machine code; arguments that are neither among the types nor among the constants are whole numbers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+    assert compiled.asm["cubin"]
+    return compiled
