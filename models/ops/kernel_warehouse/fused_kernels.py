@@ -17,7 +17,7 @@ import triton.language as tl
 
 # Rows, columns and steps of a tile's product, warps, and stages of loading ahead: large tiles, small ones, and thin
 # ones for maps of few pixels. The fastest is found by timing, except in the interpreter.
-TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3), (64, 16, 32, 4, 3))
+TILES = ((128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3), (64, 16, 32, 4, 3))
 if triton.knobs.runtime.interpret:
     TILES = ((16, 32, 8, 1, 1),)
 

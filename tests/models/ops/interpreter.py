@@ -31,15 +31,20 @@ def run_in_interpreter(file):
     return int(done.stdout.splitlines()[-1].split()[0])
 
 
-def compile_for_gpu(kernel, architecture, types, constants, options):
-    """Down to machine code; arguments that are neither among the types nor among the constants are whole numbers."""
+def compile_for_gpu(kernel, architecture, types, constants, options, divisible=()):
+    """Down to machine code; arguments that are neither among the types nor among the constants are whole numbers.
+
+    As for a call, Triton can be told which arguments are `divisible` by 16.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    values = {(names.index(name),): value for name, value in constants.items()}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants}
+    source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
     assert compiled.asm["cubin"]
     return compiled

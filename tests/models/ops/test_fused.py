@@ -1,5 +1,6 @@
 """The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
 
+import re
 import sys
 import warnings
 
@@ -188,19 +189,24 @@ def test_taken_only_by_name(kernel, size):
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("architecture", "type_name", "tile"), [(80, "bf16", 0), (90, "fp16", 2), (90, "fp32", -1)])
+@pytest.mark.parametrize(("architecture", "type_name", "tile"), [(80, "bf16", 0), (90, "fp16", 2), (90, "fp32", 1)])
 @pytest.mark.parametrize("name", ["convolve", "convolve_transposed", "correlate"])
 def test_compiles_for_gpus_that_are_not_here(name, architecture, type_name, tile, monkeypatch, tmp_path):
-    """Down to machine code, with products on the tensor cores and loads that run ahead."""
+    """With products on the tensor cores, and loads that run ahead: of 16 bytes, for 16-bit images, channels last."""
     from kernelwarehouse.models.ops.kernel_warehouse import fused_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tuner = getattr(fused_kernels, name)
-    config = tuner.configs[tile]
+    config, names = tuner.configs[tile], tuner.fn.arg_names
     constants = dict(zip(fused._Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
     constants |= {"precision": "tf32", **config.kwargs}
-    types = dict.fromkeys(("x", "w", "y", "grad", "grad_x", "grad_w"), f"*{type_name}")
+    constants |= {step: 1 for step in ("x_c", "y_o", "g_o") if step in names}
+    types = dict.fromkeys({"x", "w", "y", "grad", "grad_x", "grad_w"} & set(names), f"*{type_name}")
+    sizes = [size for size in names if size.startswith(("x_", "w_", "y_", "g_", "cell_")) or size.endswith("_channels")]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = compile_for_gpu(tuner.fn, architecture, types, constants, options)
+    compiled = compile_for_gpu(tuner.fn, architecture, types, constants, options, [*types, *sizes])
+    loads = re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (\w+)", compiled.asm["ptx"])
     assert "mma" in compiled.asm["ptx"]
+    assert loads
+    assert type_name == "fp32" or {int(size, 0) for size in loads} == {16}
     assert compiled.metadata.shared <= 160 << 10  # of the 163 KB that an A100 has for a block
