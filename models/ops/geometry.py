@@ -76,8 +76,13 @@ class Geometry:
         flat = [p for pair in reversed(self.padding) for p in pair]
         return F.pad(x, flat, mode=PADDING_MODES[self.padding_mode])
 
+    @property
+    def pads_evenly(self) -> bool:
+        """Whether torch's convolution, which knows equal zeros on both sides only, can pad by itself."""
+        return self._left is not None
+
     def split_padding(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Return x and the padding left for torch's convolution, which knows equal zeros on both sides only."""
+        """Return x and the padding left for torch's convolution: all of it, or what remains is written out."""
         return (self.pad(x), (0,) * len(self.padding)) if self._left is None else (x, self._left)
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,13 @@ from ..geometry import Geometry, Padding, check_operands
 from ..native import can_run
 from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
 from .columns import columns, columns_adjoint, even_part, parts_of, windows
-from .depthwise import convolve_depthwise, depthwise_dynamic_conv, depthwise_gradients, is_depthwise
+from .depthwise import (
+    convolve_depthwise,
+    depthwise_dynamic_conv,
+    depthwise_gradient_of_kernels,
+    depthwise_gradient_of_x,
+    is_depthwise,
+)
 from .naive import CONV, naive_dynamic_conv
 
 __all__ = [
@@ -18,7 +24,8 @@ __all__ = [
     "columns",
     "columns_adjoint",
     "convolve_depthwise",
-    "depthwise_gradients",
+    "depthwise_gradient_of_kernels",
+    "depthwise_gradient_of_x",
     "dynamic_conv",
     "dynamic_conv_from_geometry",
     "even_part",

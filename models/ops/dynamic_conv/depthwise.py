@@ -68,7 +68,10 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *depthwise_gradients(grad, *ctx.saved_tensors, ctx.window), None
+        x, kernels = ctx.saved_tensors
+        needs_x, needs_kernels, _ = ctx.needs_input_grad
+        grad_x = depthwise_gradient_of_x(grad, x, kernels, ctx.window, None) if needs_x else None
+        return grad_x, depthwise_gradient_of_kernels(grad, x, kernels, ctx.window) if needs_kernels else None, None
 
 
 def _empty_output(x: Tensor, _kernels: Tensor, window: Sequence[int]) -> Tensor:
@@ -84,20 +87,32 @@ def convolve_depthwise(x: Tensor, kernels: Tensor, window: Sequence[int]) -> Ten
     return from_pixels(values, y)
 
 
-def _empty_gradients(_grad: Tensor, x: Tensor, kernels: Tensor, _window: Sequence[int]) -> tuple[Tensor, Tensor]:
-    grad_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format)
-    return empty_images(x, x.shape[1], x.shape[2:]), grad_kernels
+def _like_x(_grad: Tensor, x: Tensor, _kernels: Tensor, _window: Sequence[int], _each: Tensor | None) -> Tensor:
+    return empty_images(x, x.shape[1], x.shape[2:])
 
 
-@operator("depthwise_gradients", fake=_empty_gradients)
-def depthwise_gradients(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Those of x and of the kernels, given that of `convolve_depthwise`'s result."""
-    sizes, received = [_sizes(x, grad, window)], pixels(grad)
-    grad_x, grad_kernels = _empty_gradients(grad, x, kernels, window)
+@operator("depthwise_gradient_of_x", fake=_like_x)
+def depthwise_gradient_of_x(
+    grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int], each: Tensor | None
+) -> Tensor:
+    """That of x, given that of `convolve_depthwise`'s result and what every pixel receives besides, `each` (B, C)."""
+    grad_x = _like_x(grad, x, kernels, window, each)
     values = room_for_pixels(grad_x)
-    call("depthwise_gradient_of_x", sizes, (kernels.contiguous(), received, values), x.dtype)
-    call("depthwise_gradient_of_kernels", sizes, (pixels(x), received, grad_kernels))
-    return from_pixels(values, grad_x), grad_kernels
+    operands = kernels.contiguous(), pixels(grad), each, values
+    call("depthwise_gradient_of_x", [_sizes(x, grad, window)], operands, x.dtype)
+    return from_pixels(values, grad_x)
+
+
+def _like_kernels(_grad: Tensor, _x: Tensor, kernels: Tensor, _window: Sequence[int]) -> Tensor:
+    return torch.empty_like(kernels, memory_format=torch.contiguous_format)
+
+
+@operator("depthwise_gradient_of_kernels", fake=_like_kernels)
+def depthwise_gradient_of_kernels(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
+    """That of the kernels."""
+    grad_kernels = _like_kernels(grad, x, kernels, window)
+    call("depthwise_gradient_of_kernels", [_sizes(x, grad, window)], (pixels(x), pixels(grad), grad_kernels))
+    return grad_kernels
 
 
 def _sizes(x: Tensor, y: Tensor, window: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

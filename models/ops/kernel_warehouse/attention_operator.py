@@ -62,7 +62,7 @@ def attend_at_once(attention: Attention, x: Tensor, temperature: Tensor) -> tupl
     if torch.is_grad_enabled() or x.is_cuda or not _is_whole(attention):
         pooled, x = pool(x)
         weight, bias = attention._modules["fc2"]._parameters.values()
-        compute = _Coefficients.apply if torch.is_grad_enabled() else _coefficients
+        compute = _Coefficients.apply if torch.is_grad_enabled() else coefficients
         return compute(attention.hidden(pooled).to(weight.dtype), weight, bias, assignment, temperature), x
     return _attention(x, *_parameters(attention), assignment, temperature), x
 
@@ -79,8 +79,13 @@ def folds_at_once(attention: Attention, x: Tensor) -> bool:
 
 def _is_whole(attention: Attention) -> bool:
     """Whether all of it can be computed at once."""
+    return not attention._modules["norm"].training and hides_plainly(attention)
+
+
+def hides_plainly(attention: Attention) -> bool:
+    """Whether the hidden vector is found by torch's own layers with a scale and a shift, and nobody looks at them."""
     fc1, norm = attention._modules["fc1"], attention._modules["norm"]
-    if norm.training or not _is_plain(fc1) or _hooks(norm) or norm._parameters["bias"] is None:
+    if not _is_plain(fc1) or _hooks(norm) or norm._parameters["bias"] is None:
         return False
     batch = type(norm) is AttentionBatchNorm1d and norm._buffers["running_mean"] is not None
     return batch or type(norm) is nn.LayerNorm
@@ -95,7 +100,8 @@ def _parameters(attention: Attention) -> tuple[Tensor | float | None, ...]:
 
 
 def _hooks(module: nn.Module) -> dict:
-    return module._forward_hooks or module._forward_pre_hooks
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return forward or module._backward_hooks or module._backward_pre_hooks
 
 
 class _Coefficients(torch.autograd.Function):
@@ -104,12 +110,12 @@ class _Coefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor):
         ctx.save_for_backward(hidden, weight, bias, temperature.clone())  # which is changed after every step
-        return _coefficients(hidden, weight, bias, assignment, temperature)
+        return coefficients(hidden, weight, bias, assignment, temperature)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return *_coefficients_gradients(grad, *ctx.saved_tensors), None, None
+        return *coefficients_gradients(grad, *ctx.saved_tensors), None, None
 
 
 def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Tensor, _temperature: Tensor) -> Tensor:
@@ -126,7 +132,8 @@ def _coefficients_on_gpu(
 
 
 @operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu)
-def _coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
+def coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
+    """α (B, m, n) from h (B, r), the logits' weights (m · (n + 1), r) and bias, β (m, n) and τ."""
     _check_fit(weight, hidden.shape[1], *assignment.shape)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
     operands = _laid_out((hidden, weight, bias, assignment, temperature), hidden.dtype)
@@ -147,9 +154,10 @@ def _coefficients_gradients_on_gpu(*operands: Tensor) -> tuple[Tensor, Tensor, T
 
 
 @operator("coefficients_gradients", fake=_empty_gradients, cuda=_coefficients_gradients_on_gpu)
-def _coefficients_gradients(
+def coefficients_gradients(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of h, the weights and the bias, given that of α."""
     _, grad_weight, grad_bias = _empty_gradients(grad, hidden, weight, bias, temperature)
     grad_hidden = hidden.new_zeros(torch.get_num_threads(), *hidden.shape)
     operands = _laid_out((grad, hidden, weight, bias, temperature), hidden.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dynamic_conv import convolve_depthwise, depthwise_gradients
+from ..dynamic_conv import convolve_depthwise, depthwise_gradient_of_kernels, depthwise_gradient_of_x
 from ..geometry import Geometry
 from ..native import call, operator, window_of
 from .partition import Partition
@@ -30,16 +30,31 @@ def depthwise_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition
         (B, C, *output spatial), channels last in memory if x is.
     """
     x, padding = geometry.split_padding(x)
-    operands = alpha, cells.flatten(1).transpose(0, 1), x, window_of(partition.kernel[2:], geometry, padding)
-    return _MixedDepthwise.apply(*operands) if torch.is_grad_enabled() else _convolve(*operands)
+    operands = alpha, channels_together(cells), x, window_of(partition.kernel[2:], geometry, padding)
+    return _MixedDepthwise.apply(*operands) if torch.is_grad_enabled() else convolve(*operands)
 
 
-def _convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    return convolve_depthwise(x, _kernels(alpha, cells, x), window)
+def channels_together(cells: Tensor) -> Tensor:
+    """(n, cout, 1, *ones) → (cout, n)."""
+    return cells.flatten(1).transpose(0, 1)
 
 
-def _kernels(alpha: Tensor, cells: Tensor, x: Tensor) -> Tensor:
+def convolve(alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    """y of α (B, m, n), cells (cout, n), and a `window_of` the kernel."""
+    return convolve_depthwise(x, kernels(alpha, cells, x), window)
+
+
+def kernels(alpha: Tensor, cells: Tensor, x: Tensor) -> Tensor:
+    """(B, taps, C)."""
     return _mix(alpha.flatten(0, 1), cells).view(x.shape[0], -1, x.shape[1])
+
+
+def gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, mixed: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Those of α and of the cells, given that of y and the `kernels`."""
+    grad_mixtures = depthwise_gradient_of_kernels(grad, x, mixed, window).view(-1, cells.shape[0])
+    return (grad_mixtures @ cells).view(alpha.shape), grad_mixtures.transpose(0, 1) @ alpha.flatten(0, 1)
 
 
 class _MixedDepthwise(torch.autograd.Function):
@@ -49,16 +64,15 @@ class _MixedDepthwise(torch.autograd.Function):
     def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
         ctx.save_for_backward(alpha, cells, x)
         ctx.window = window
-        return _convolve(alpha, cells, x, window)
+        return convolve(alpha, cells, x, window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         alpha, cells, x = ctx.saved_tensors
-        grad_x, grad_kernels = depthwise_gradients(grad, x, _kernels(alpha, cells, x), ctx.window)
-        grad_mixtures = grad_kernels.view(-1, cells.shape[0])
-        grad_alpha = (grad_mixtures @ cells).view(alpha.shape)
-        return grad_alpha, grad_mixtures.transpose(0, 1) @ alpha.flatten(0, 1), grad_x, None
+        mixed = kernels(alpha, cells, x)
+        grad_x = depthwise_gradient_of_x(grad, x, mixed, ctx.window, None) if ctx.needs_input_grad[2] else None
+        return *gradients_of_mixing(grad, alpha, cells, x, mixed, ctx.window), grad_x, None
 
 
 def _empty_mixtures(alpha: Tensor, cells: Tensor) -> Tensor:

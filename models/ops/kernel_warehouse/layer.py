@@ -9,8 +9,9 @@ from ..geometry import Geometry, Padding
 from .attention import EPSILON, Attention, pool
 from .attention_operator import attend_at_once, attends_at_once
 from .folded import fold_products, folded_conv, folded_kernels
-from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
+from .mixed_conv import IMPLEMENTATIONS, computing_type, mixed_conv, resolve, supports
 from .mixing import cut, mix
+from .native_layer import native_layer, trains_at_once
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
@@ -97,10 +98,21 @@ class KWLayer(nn.Module):
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             y = folded_conv(self.attention, self.products, x, self.partition, self.geometry)
+        elif self._trains_at_once(x):
+            temperature = self.warehouses.temperature
+            y = native_layer(self.attention, self.cells, x, temperature, self.partition, self.geometry)
         else:
             alpha, x = self._attend(x)
             y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
         return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
+
+    def _trains_at_once(self, x: Tensor) -> bool:
+        return (
+            trains_at_once(self.attention, x, self.partition, self.geometry)
+            and attends_at_once(self.attention, x, self.implementation)
+            and computing_type(x) == x.dtype
+            and resolve(self.implementation, self.partition, self.geometry, len(self.cells), x) == "native"
+        )
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""

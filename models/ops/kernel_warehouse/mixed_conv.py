@@ -75,10 +75,7 @@ def mixed_conv(
     """
     dtype = computing_type(x)
     alpha, x = alpha.to(dtype), x.to(dtype)
-    if implementation == "auto":
-        implementation = choose(partition, geometry, cells.shape[0], x)
-    elif not supports(implementation, partition, geometry):
-        implementation = "kernels"
+    implementation = resolve(implementation, partition, geometry, cells.shape[0], x)
     run = IMPLEMENTATIONS[implementation]
     large = implementation == "inputs"
     if implementation == "kernels":
@@ -95,6 +92,13 @@ def computing_type(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def resolve(implementation: str, partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
+    """The name of what runs for images x (B, Cin, *spatial) where `implementation` is asked for."""
+    if implementation == "auto":
+        return choose(partition, geometry, num_cells, x)
+    return implementation if supports(implementation, partition, geometry) else "kernels"
 
 
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:

@@ -55,6 +55,14 @@ def by_output_blocks(attention: Tensor, partition: Partition) -> Tensor:
     return split.reshape(batch, blocks_out, positions * blocks_in, num_cells)
 
 
+def by_positions(gradient: Tensor, partition: Partition) -> Tensor:
+    """The inverse of `by_output_blocks`: (B, m, n)."""
+    *spatial, blocks_out, blocks_in = partition.grid
+    batch, _, _, num_cells = gradient.shape
+    split = gradient.reshape(batch, blocks_out, math.prod(spatial), blocks_in, num_cells).transpose(1, 2)
+    return split.reshape(batch, partition.mixtures, num_cells)
+
+
 def cut(kernel: Tensor, partition: Partition) -> Tensor:
     """The inverse of assembling: a kernel (Cout, Cin/groups, *k) as its mixtures (m, *cell)."""
     dims = len(partition.cell) - 2

@@ -51,13 +51,13 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
         return streamed_conv(alpha, cells, x, partition, geometry)
     if geometry.groups > 1:
         return depthwise_conv(alpha.to(kind), cells.to(kind), x, partition, geometry)
-    if not _in_pairs(x, partition):
+    if not in_pairs(x, partition):
         return native_conv(alpha.float(), cells, x.float(), partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
     alpha = by_output_blocks(alpha, partition)
     window = window_of(partition.kernel[2:], geometry, padding)
     if not torch.is_grad_enabled():
-        return _convolve(alpha, cells.to(kind).transpose(0, 1), x, window, False)
+        return convolve(alpha, cells.to(kind).transpose(0, 1), x, window, False)
     return _NativeConv.apply(alpha, cells.to(kind), x, window)
 
 
@@ -72,11 +72,11 @@ def native_folded_conv(alpha: Tensor, products: Tensor, x: Tensor, partition: Pa
         partition: How the kernel is cut.
         geometry: The convolution's arguments.
     """
-    if not _in_pairs(x, partition):
+    if not in_pairs(x, partition):
         return native_folded_conv(alpha.float(), products.float(), x.float(), partition, geometry).to(x.dtype)
     x, padding = geometry.split_padding(x)
     window = window_of(partition.kernel[2:], geometry, padding)
-    return _convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, window, True)
+    return convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, window, True)
 
 
 def folds_natively(products: torch.dtype, x: torch.dtype, device: str) -> bool:
@@ -84,7 +84,7 @@ def folds_natively(products: torch.dtype, x: torch.dtype, device: str) -> bool:
     return can_run(device, x) and products in (x, sum_type(x), torch.bfloat16)
 
 
-def _in_pairs(x: Tensor, partition: Partition) -> bool:
+def in_pairs(x: Tensor, partition: Partition) -> bool:
     """Whether channels can be read as they must be in bfloat16, two at a time."""
     return x.dtype != torch.bfloat16 or all(channels % 2 == 0 for channels in partition.cell[:2])
 
@@ -96,7 +96,7 @@ class _NativeConv(torch.autograd.Function):
     def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
         ctx.save_for_backward(alpha, cells, x)
         ctx.window = window
-        return _convolve(alpha, cells.transpose(0, 1), x, window, False)
+        return convolve(alpha, cells.transpose(0, 1), x, window, False)
 
     @staticmethod
     @once_differentiable
@@ -105,9 +105,9 @@ class _NativeConv(torch.autograd.Function):
         needs_alpha, needs_cells, needs_x, _ = ctx.needs_input_grad
         grad_alpha = grad_cells = grad_x = None
         if needs_x:
-            grad_x = _gradient_of_x(grad, alpha, cells, x, ctx.window)
+            grad_x = gradient_of_x(grad, alpha, cells, x, ctx.window, None)
         if needs_alpha or needs_cells:
-            grad_alpha, grad_cells = _gradients_of_mixing(grad, alpha, cells, x, ctx.window)
+            grad_alpha, grad_cells = gradients_of_mixing(grad, alpha, cells, x, ctx.window)
         return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, None
 
 
@@ -117,7 +117,7 @@ def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folde
 
 
 @operator("native_conv", fake=_output)
-def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+def convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
     """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin)."""
     y = _output(alpha, rows, x, window, folded)
     values = room_for_pixels(y)
@@ -127,16 +127,21 @@ def _convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], fol
     return from_pixels(values, y)
 
 
-def _like_x(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
+def _like_x(
+    _grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int], _each: Tensor | None
+) -> Tensor:
     return empty_images(x, x.shape[1], x.shape[2:])
 
 
 @operator("native_conv_gradient_of_x", fake=_like_x)
-def _gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
-    grad_x = _like_x(grad, alpha, cells, x, window)
+def gradient_of_x(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int], each: Tensor | None
+) -> Tensor:
+    """That of x, given that of y and what every pixel receives besides, `each` (B, Cin)."""
+    grad_x = _like_x(grad, alpha, cells, x, window, each)
     values = room_for_pixels(grad_x)
-    rows = cells.transpose(0, 1).contiguous()
-    call("gradient_of_x", [_problem(alpha, x, grad, window)], (_coefficients(alpha), rows, pixels(grad), values))
+    operands = _coefficients(alpha), cells.transpose(0, 1).contiguous(), pixels(grad), each, values
+    call("gradient_of_x", [_problem(alpha, x, grad, window)], operands)
     return from_pixels(values, grad_x)
 
 
@@ -147,9 +152,10 @@ def _like_mixing(
 
 
 @operator("native_conv_gradients_of_mixing", fake=_like_mixing)
-def _gradients_of_mixing(
+def gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    """Those of α (B, blocks of output channels, parts, n) and of the cells (n, cout, cin, *ones), given that of y."""
     # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
     threads, n = torch.get_num_threads(), math.ceil(len(cells) / 16) * 16
     grad_alpha = alpha.new_zeros(threads, *alpha.shape[:3], n, dtype=cells.dtype)

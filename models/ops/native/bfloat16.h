@@ -48,6 +48,16 @@ inline void widen_row(Int columns, const bfloat16* from, float* to) {
   });
 }
 
+// Add a row to others.
+template <typename T>
+void add_row(Int rows, Int columns, const Sum<T>* row, T* to, Int to_row) {
+  for (Int i = 0; i < rows; i++, to += to_row)
+    for_columns<T>(0, columns, [&](auto lanes, auto vectors, Int first) {
+      for (Int k = first; k < first + lanes * vectors; k += lanes)
+        put<lanes>(to + k, widen<lanes>(to + k) + *(const Vector<Sum<T>, lanes>*)(row + k));
+    });
+}
+
 #if defined(__AVX512BF16__)
 
 inline __mmask16 lanes(Int count) { return count < 16 ? (1 << count) - 1 : 0xffff; }

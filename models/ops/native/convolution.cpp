@@ -138,8 +138,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   }
 }
 
+// With what every pixel of an image receives besides, `each` (samples, channels), if anything.
 template <typename T>
-void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells, const T* grad, T* grad_x) {
+void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells, const T* grad,
+                   const Sum<T>* each, T* grad_x) {
   const Int parts = p.parts(), phases = Lines::phases(p), wanted = 2 * threads;
   const bool half = WIDE == 4 && p.blocks_out * parts / p.blocks_in * p.cout <= 128;  // writing is most of the work
   Int width = std::min(p.cin, STRIP<T> / (half ? 2 : 1));
@@ -197,6 +199,13 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
                 }
               }
             }
+            for (Int block = 0; block < p.blocks_in && each && row + rows == p.cout; block++) {
+              const Sum<T>* more = each + (sample * p.blocks_in + block) * p.cin + channel;
+              if (direct)
+                add_row(inputs, channels, more, input(sample, block), p.channels_in());
+              else
+                add_row(inputs, channels, more, summed(sample, block), channels);
+            }
           }
         }
         if constexpr (PAIRED<T>)
@@ -216,8 +225,8 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
 #define EXPORT(T)                                                                                                      \
   EXPORT_CONVOLVE(convolve, T, Sum<T>)                                                                                 \
   extern "C" void gradient_of_x_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells, const T* grad, \
-                                    T* grad_x) {                                                                       \
-    gradient_of_x(p, threads, alpha, cells, grad, grad_x);                                                             \
+                                    const Sum<T>* each, T* grad_x) {                                                   \
+    gradient_of_x(p, threads, alpha, cells, grad, each, grad_x);                                                       \
   }                                                                                                                    \
   extern "C" void gradients_of_mixing_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells,          \
                                           const T* x, const T* grad, Sum<T>* grad_alpha, Sum<T>* grad_cells) {         \

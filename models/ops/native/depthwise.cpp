@@ -32,12 +32,16 @@ Int find_rows(const Lines& lines, Int line, Int channels, Row* rows) {
   return count;
 }
 
-// Sum what `pixels` neighbours, from number i on, read through the taps of a run in all rows.
+// Sum what `pixels` neighbours, from number i on, read through the taps of a run in all rows, and what each of them
+// starts with, if anything.
 template <typename T, Int lanes, Int vectors, Int pixels>
 inline __attribute__((always_inline)) void gather(const Axis& axis, const Run& run, const Row* rows, Int count,
-                                                  Int channels, Int i, const T* image, const Sum<T>* kernel, T* out) {
+                                                  Int channels, Int i, const T* image, const Sum<T>* kernel,
+                                                  const Sum<T>* start, T* out) {
   using V = Vector<Sum<T>, lanes>;
-  V sum[pixels][vectors] = {};
+  V sum[pixels][vectors];
+  for (Int n = 0; n < pixels; n++)
+    for (Int v = 0; v < vectors; v++) sum[n][v] = start ? *(const V*)(start + v * lanes) : V{};
   const Int step = axis.step * channels, out_step = axis.stride * channels;
   for (Int r = 0; r < count; r++)
     for (Int k = run.tap; k < run.last_tap; k++) {
@@ -54,16 +58,16 @@ inline __attribute__((always_inline)) void gather(const Axis& axis, const Run& r
 
 template <typename T, Int lanes, Int vectors>
 void gather_line(const Axis& axis, const Row* rows, Int count, Int channels, const T* image, const Sum<T>* kernel,
-                 T* out) {
+                 const Sum<T>* start, T* out) {
   for (Int r = 0; r < axis.runs; r++) {
     const Run& run = axis.run[r];
     const Int length = run.last - run.first, tiles = ceil_div(length, PIXELS);
     for (Int t = 0; t < tiles; t++) {
       const Int i = run.first + length * t / tiles;
       switch (run.first + length * (t + 1) / tiles - i) {
-#define CASE(pixels)                                                                             \
-  case pixels:                                                                                   \
-    gather<T, lanes, vectors, pixels>(axis, run, rows, count, channels, i, image, kernel, out);  \
+#define CASE(pixels)                                                                                   \
+  case pixels:                                                                                         \
+    gather<T, lanes, vectors, pixels>(axis, run, rows, count, channels, i, image, kernel, start, out); \
     break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
@@ -75,12 +79,13 @@ void gather_line(const Axis& axis, const Row* rows, Int count, Int channels, con
 // A share of the lines of one image.
 template <typename T>
 void gather_lines(const Lines& lines, Int part, Int parts, Int channels, const T* image, const Sum<T>* kernel,
-                  T* out, Row* rows) {
+                  const Sum<T>* start, T* out, Row* rows) {
   for (Int line = lines.count * part / parts; line < lines.count * (part + 1) / parts; line++) {
     const Int count = find_rows(lines, line, channels, rows);
     T* to = out + lines.pixel(line / lines.height.count, line % lines.height.count, 0) * channels;
     for_columns<T>(0, channels, [&](auto lanes, auto vectors, Int c) {
-      gather_line<T, lanes, vectors>(lines.width, rows, count, channels, image + c, kernel + c, to + c);
+      gather_line<T, lanes, vectors>(lines.width, rows, count, channels, image + c, kernel + c,
+                                     start ? start + c : nullptr, to + c);
     });
   }
 }
@@ -96,12 +101,14 @@ void depthwise(const Problem& p, Int threads, const Sum<T>* kernels, const T* x,
     for (Int sample = 0; sample < p.batch; sample++)
       for (Int part = 0; part < parts; part++)
         gather_lines(lines, part, parts, p.cin, x + sample * p.image_in(), kernels + sample * p.parts() * p.cin,
-                     y + sample * p.image_out(), rows.data);
+                     (const Sum<T>*)nullptr, y + sample * p.image_out(), rows.data);
   }
 }
 
+// With what every pixel of an image receives besides, `each` (samples, channels), if anything.
 template <typename T>
-void depthwise_gradient_of_x(const Problem& p, Int threads, const Sum<T>* kernels, const T* grad, T* grad_x) {
+void depthwise_gradient_of_x(const Problem& p, Int threads, const Sum<T>* kernels, const T* grad, const Sum<T>* each,
+                             T* grad_x) {
   const Int parts = std::min(p.input[1], ceil_div(4 * threads, p.batch)), phases = Lines::phases(p);
 #pragma omp parallel num_threads(threads)
   {
@@ -111,7 +118,8 @@ void depthwise_gradient_of_x(const Problem& p, Int threads, const Sum<T>* kernel
       for (Int part = 0; part < parts; part++)
         for (Int phase = 0; phase < phases; phase++)
           gather_lines(Lines(p, phase), part, parts, p.cin, grad + sample * p.image_out(),
-                       kernels + sample * p.parts() * p.cin, grad_x + sample * p.image_in(), rows.data);
+                       kernels + sample * p.parts() * p.cin, each ? each + sample * p.cin : nullptr,
+                       grad_x + sample * p.image_in(), rows.data);
   }
 }
 
@@ -215,8 +223,8 @@ EXPORT_MIX(double)
     depthwise(p, threads, kernels, x, y);                                                                             \
   }                                                                                                                   \
   extern "C" void depthwise_gradient_of_x_##T(const Problem& p, Int threads, const Sum<T>* kernels, const T* grad,    \
-                                              T* grad_x) {                                                            \
-    depthwise_gradient_of_x(p, threads, kernels, grad, grad_x);                                                       \
+                                              const Sum<T>* each, T* grad_x) {                                        \
+    depthwise_gradient_of_x(p, threads, kernels, grad, each, grad_x);                                                 \
   }                                                                                                                   \
   extern "C" void depthwise_gradient_of_kernels_##T(const Problem& p, Int threads, const T* x, const T* grad,         \
                                                     Sum<T>* grad_kernels) {                                           \

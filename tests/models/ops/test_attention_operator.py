@@ -314,9 +314,9 @@ def test_operators_are_well_formed():
         operands = x, *first, *middle, *last[:2], attention.mixtures, *held
         torch.library.opcheck(attention_operator._attention, operands)
     hidden = torch.randn(3, fc1.out_features).double()
-    torch.library.opcheck(attention_operator._coefficients, (hidden, *last))
+    torch.library.opcheck(attention_operator.coefficients, (hidden, *last))
     grad = torch.randn(3, *attention.assignment.shape).double()
-    torch.library.opcheck(attention_operator._coefficients_gradients, (grad, hidden, *last[:2], tau))
+    torch.library.opcheck(attention_operator.coefficients_gradients, (grad, hidden, *last[:2], tau))
     torch.library.opcheck(mean, (x,))
 
 

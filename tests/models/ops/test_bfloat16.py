@@ -164,11 +164,11 @@ def test_operators_are_well_formed():
     alpha = alpha.detach().bfloat16().unflatten(1, (9, 1, 2)).transpose(1, 2).flatten(2, 3)
     cells, x = cells.detach().float(), x.detach().bfloat16().to(memory_format=torch.channels_last)
     window = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1]
-    y = native._convolve(alpha, cells.transpose(0, 1), x, window, False)
+    y = native.convolve(alpha, cells.transpose(0, 1), x, window, False)
     grad = torch.randn(y.shape).bfloat16()
-    torch.library.opcheck(native._convolve, (alpha, cells.transpose(0, 1), x, window, False))
-    torch.library.opcheck(native._gradient_of_x, (grad, alpha, cells, x, window))
-    torch.library.opcheck(native._gradients_of_mixing, (grad, alpha, cells, x, window))
+    torch.library.opcheck(native.convolve, (alpha, cells.transpose(0, 1), x, window, False))
+    torch.library.opcheck(native.gradient_of_x, (grad, alpha, cells, x, window, None))
+    torch.library.opcheck(native.gradients_of_mixing, (grad, alpha, cells, x, window))
     torch.library.opcheck(mean, (x,))
 
 

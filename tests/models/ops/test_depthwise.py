@@ -90,7 +90,9 @@ def test_operators_are_well_formed():
     window = [1, 3, 2, 1, 2, 3, 0, 4, 0, 1, 3, 1]
     y = depthwise.convolve_depthwise(x, kernels, window)
     torch.library.opcheck(depthwise.convolve_depthwise, (x, kernels, window))
-    torch.library.opcheck(depthwise.depthwise_gradients, (torch.randn_like(y), x, kernels, window))
+    for each in (None, torch.randn(x.shape[:2]).double()):
+        torch.library.opcheck(depthwise.depthwise_gradient_of_x, (torch.randn_like(y), x, kernels, window, each))
+    torch.library.opcheck(depthwise.depthwise_gradient_of_kernels, (torch.randn_like(y), x, kernels, window))
 
 
 def test_input_smaller_than_the_kernel():

@@ -128,12 +128,12 @@ def test_operators_are_well_formed():
     arguments = alpha, cells.detach(), x, window
     y = mixed_conv(*convolution("unequal")[2], partition, geometry, "native")
     convolved = alpha, cells.detach().transpose(0, 1), x, window, False
-    torch.testing.assert_close(native._convolve(*convolved), y)
+    torch.testing.assert_close(native.convolve(*convolved), y)
     for operator, operands in (
-        (native._convolve, convolved),
-        (native._gradient_of_x, (torch.randn_like(y), *arguments)),
-        (native._gradients_of_mixing, (torch.randn_like(y), *arguments)),
-        (native._convolve, (alpha, torch.randn(6, 5, 36).double(), x, window, True)),
+        (native.convolve, convolved),
+        (native.gradient_of_x, (torch.randn_like(y), *arguments, None)),
+        (native.gradients_of_mixing, (torch.randn_like(y), *arguments)),
+        (native.convolve, (alpha, torch.randn(6, 5, 36).double(), x, window, True)),
     ):
         torch.library.opcheck(operator, operands)
 
