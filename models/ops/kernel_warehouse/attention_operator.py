@@ -41,7 +41,7 @@ def attends_at_once(attention: Attention, x: Tensor, implementation: str = "auto
 
 def _is_at_hand(implementation: str, x: Tensor) -> bool:
     if implementation == "fused":
-        return x.is_cuda and fused.can_run("cuda", warn=True)
+        return x.is_cuda and fused.can_run("cuda", x.dtype, warn=True)
     return implementation in ("auto", "native") and can_run(x.device.type, x.dtype)
 
 

@@ -37,7 +37,7 @@ def fused_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, ge
     Raises:
         ValueError: An input that is smaller than the kernel.
     """
-    if len(geometry.stride) > 2 or not can_run(x.device.type, warn=True):
+    if len(geometry.stride) > 2 or not can_run(x.device.type, x.dtype, warn=True):
         return streamed_conv(alpha, cells, x, partition, geometry)
     x, padding = geometry.split_padding(x)
     taps, alpha = partition.kernel[2:], by_output_blocks(alpha, partition)
@@ -48,22 +48,24 @@ def fused_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, ge
 
 
 @torch.compiler.assume_constant_result
-def can_run(device: str, warn: bool = False) -> bool:
-    """Whether the kernels can run on tensors of a device type; if not, a warning can say why, once."""
-    obstacle = _obstacle(device)
+def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
+    """Whether the kernels can run on tensors of a type on a type of device; if not, a warning can say why, once."""
+    obstacle = _obstacle(device, dtype)
     if warn and obstacle:
         _warn_once(f"implementation 'fused' gives way to 'streamed': {obstacle}")
     return obstacle is None
 
 
 @functools.cache
-def _obstacle(device: str) -> str | None:
+def _obstacle(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"its kernels run on CUDA devices, not on {device!r}"
     try:
-        from . import fused_kernels  # noqa: F401
+        from . import fused_kernels
     except ImportError:
         return "Triton is not installed"
+    if dtype == torch.float64 and not fused_kernels.MULTIPLIES_DOUBLE:
+        return "Triton multiplies float64 from its version 3.5 on"
     if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "Triton needs a GPU of compute capability 8.0 or more"
     return None

@@ -1,4 +1,4 @@
-"""The attention by Triton kernels, on a GPU: one launch from the hidden vector to α, where torch takes six or more.
+"""The attention by Triton kernels, on a GPU: one launch from the hidden vector to α, where torch takes five.
 
 Logits are computed twice, once for their sum and once for α, and never written; in backward they are so again, and
 their gradients, which products with the hidden vector and the weights follow, are.

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import triton
 import triton.language as tl
 
+MULTIPLIES_DOUBLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+
 # Rows, columns and steps of a tile's product, warps, and stages of loading ahead: large tiles, small ones, and thin
 # ones for maps of few pixels. The fastest is found by timing, except in the interpreter.
 TILES = ((128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3), (64, 16, 32, 4, 3))

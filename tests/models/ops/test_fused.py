@@ -2,6 +2,7 @@
 
 import re
 import sys
+import types
 import warnings
 
 import pytest
@@ -177,7 +178,15 @@ def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, f"{kernel_warehouse.__name__}.fused_kernels", raising=False)
     monkeypatch.delattr(kernel_warehouse, "fused_kernels", raising=False)
-    assert fused._obstacle.__wrapped__("cuda") == "Triton is not installed"
+    assert fused._obstacle.__wrapped__("cuda", torch.float32) == "Triton is not installed"
+
+
+def test_a_triton_without_double_precision_is_named(monkeypatch):
+    kernels = types.ModuleType("fused_kernels")
+    kernels.MULTIPLIES_DOUBLE = False
+    monkeypatch.setattr(kernel_warehouse, "fused_kernels", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, f"{kernel_warehouse.__name__}.fused_kernels", kernels)
+    assert "float64" in fused._obstacle.__wrapped__("cuda", torch.float64)
 
 
 @pytest.mark.parametrize(("kernel", "size"), [((64, 64, 3, 3), (56, 56)), ((512, 512, 3, 3), (7, 7))])
