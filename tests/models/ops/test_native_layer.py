@@ -32,7 +32,7 @@ def native(kind, dtype=torch.float64, tau=0.3, train=True):
 
 
 def gradients(layer, warehouses, x, output=None):
-    """Of everything that a layer, whose class forgets how to be computed at once if asked to, depends on."""
+    """The output, and its gradients of everything that it depends on."""
     y = layer(x) if output is None else output()
     upstream = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
     leaves = [value for value in (x, warehouses.w, *layer.parameters()) if value.requires_grad]
