@@ -89,9 +89,14 @@ def mixed_conv(
 def computing_type(x: Tensor) -> torch.dtype:
     """The type that products of x are computed in: its own, or autocast's."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and _knows_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+@torch.compiler.assume_constant_result  # which torch 2.8 could not compile otherwise
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def resolve(implementation: str, partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
