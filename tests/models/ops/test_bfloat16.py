@@ -159,6 +159,18 @@ def test_products_of_another_type(images, products, cell):
     assert (y - exact).norm() < (1e-6 if images == torch.float32 else 6e-3) * exact.norm()
 
 
+def test_gradients_of_many_cells():
+    """They are written past the caches."""
+    torch.manual_seed(0)
+    window = [1] * 6 + [0] * 3 + [1] * 3
+    alpha, cells = torch.randn(3, 1, 1, 150), torch.randn(128, 150, 128, 1, 1).transpose(0, 1)
+    grad, x = torch.randn(2, 3, 128, 4, 3)
+    exact = native.gradients_of_mixing(grad.double(), alpha.double(), cells.double(), x.double(), window)
+    found = native.gradients_of_mixing(grad.bfloat16(), alpha.bfloat16(), cells, x.bfloat16(), window)
+    for ours, truth in zip(found, exact, strict=True):
+        assert (ours - truth).norm() < 6e-3 * truth.norm()
+
+
 def test_operators_are_well_formed():
     _, _, (alpha, cells, x) = made("parts")
     alpha = alpha.detach().bfloat16().unflatten(1, (9, 1, 2)).transpose(1, 2).flatten(2, 3)

@@ -119,6 +119,27 @@ def test_gradients_of_shared_cells_are_added_in_place():
     assert cells.grad.stride() == cells.stride()
 
 
+BFLOAT16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no bfloat16")
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BFLOAT16])
+@pytest.mark.parametrize("cout", [4, 96])  # at once, and some channels at a time
+def test_what_every_pixel_receives_besides(dtype, cout):
+    torch.manual_seed(0)
+    kind = torch.promote_types(dtype, torch.float32)
+    alpha, cells = torch.randn(8, 1, 18, 3, dtype=dtype), torch.randn(3, cout, 256, 1, 1, dtype=kind)
+    x, grad = torch.empty(8, 512, 4, 3, dtype=dtype), torch.randn(8, cout, 4, 3, dtype=dtype)
+    each = torch.randn(8, 512, dtype=kind) * 50
+    window = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+    alone = native.gradient_of_x(grad, alpha, cells, x, window, None).to(kind)
+    both = native.gradient_of_x(grad, alpha, cells, x, window, each).to(kind)
+    expected = alone + each[..., None, None]
+    assert (both - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
 @needs_compiler
 def test_operators_are_well_formed():
     partition, geometry, (alpha, cells, x) = convolution("unequal")
