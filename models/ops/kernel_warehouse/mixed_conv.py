@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dynamic_conv import dynamic_conv_from_geometry
 from ..exporting import exporting
 from ..geometry import Geometry
-from ..native import can_run, has_tiles
+from ..native import can_run
 from .cost import cheapest
 from .fused import fused_conv
 from .inputs import inputs_conv
@@ -109,7 +109,6 @@ def resolve(implementation: str, partition: Partition, geometry: Geometry, num_c
 def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
     """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
     native = can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32)
-    native = native and not (x.dtype == torch.bfloat16 and has_tiles())
     if exporting() or geometry.groups > 1:  # without a look at the batch, which has no number in a graph for export
         return "native" if native and supports("native", partition, geometry) else "kernels"
     names = ["kernels", "inputs"]

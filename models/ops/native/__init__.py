@@ -6,7 +6,7 @@
 """
 
 from .images import from_pixels, in_either_layout, pixels, room_for_pixels
-from .library import NativeError, call, can_run, has_tiles, library, sum_type
+from .library import NativeError, call, can_run, library, sum_type, use_tiles
 from .means import attention_sizes, mean
 from .operator import operator
 from .problem import output_size, problem, window_of
@@ -17,7 +17,6 @@ __all__ = [
     "call",
     "can_run",
     "from_pixels",
-    "has_tiles",
     "in_either_layout",
     "library",
     "mean",
@@ -27,5 +26,6 @@ __all__ = [
     "problem",
     "room_for_pixels",
     "sum_type",
+    "use_tiles",
     "window_of",
 ]

@@ -102,14 +102,14 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
     for (Int v = 0; v < vectors; v++) store(c + i * c_row + v * 16, mask(v), sum[i][v]);
 }
 
-template <bool far, typename T, typename Out>
-void multiply_pairs(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
-                    Early early) {
+template <bool far, typename Out>
+void multiply_pairs(Int rows, Int columns, Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
+                    Store how, Early early) {
   const auto strip = [&](auto vectors) {
     const __mmask16 last = lanes(columns - (vectors - 1) * 16);
     for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
       const Early part = far ? early.part(2, first, count, rows) : early;
-      const Left<T> left = {a.data + first * a.row, a.row, a.inner};
+      const Left<bfloat16> left = {a.data + first * a.row, a.row, a.inner};
       tile<Out, vectors, count, far>(terms, left, b, c + first * c_row, c_row, last, how, part);
     });
   };

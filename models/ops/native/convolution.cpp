@@ -8,6 +8,8 @@
 // channels); one unit and part are one mixture. `kernel_warehouse/native.py` says what the tensors hold.
 
 #include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "axis.h"
 #include "gradients.h"
@@ -57,12 +59,11 @@ void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Ke
         const Int first = across ? h : w, last = across ? last_h : last_w, rows = across ? last_w - w : last_h - h;
         const Int row = across ? width.step : height.step * lines.read_size[2];
         const Int to_row = across ? width.stride : height.stride * lines.size[2];
-        for (Int k = first; k < last; k++) {
-          const Int at_h = across ? k : h, at_w = across ? w : k;
-          Left<T> a = {from.data + lines.read(d, at_h, at_w) * from.size, row * from.size, 1};
-          multiply<T>(rows, kernels.columns, terms, a, {kernels.data, kernels.row},
-                      to + lines.pixel(d, at_h, at_w) * to_size, to_row * to_size, how);
-        }
+        const Int step = across ? height.step * lines.read_size[2] : width.step;
+        const Int to_step = across ? height.stride * lines.size[2] : width.stride;
+        const Left<T> a = {from.data + lines.read(d, h, w) * from.size, row * from.size, 1};
+        multiply_lines<T>(last - first, rows, kernels.columns, terms, a, step * from.size, {kernels.data, kernels.row},
+                          to + lines.pixel(d, h, w) * to_size, to_row * to_size, to_step * to_size, how);
       }
     }
 }
@@ -89,8 +90,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
   const bool direct = !PAIRED<T> || depth == p.cin;  // else outputs are rounded when they are summed up
   const auto mix = p.folded ? mix_folded<T, C> : mix_shared<T, C>;
+  const Coefficients<T> coefficients(alpha, p.batch * (p.folded ? p.folded : p.blocks_out) * parts, p.cells);
 #pragma omp parallel num_threads(threads)
   {
+    const Tiles tiles;
     Buffer<T> mixed(together * parts * (most * depth + PAD));
     Buffer<Word<T>> turned(parts * (round_up(most) * words<T>(depth) + PAD)), cell_words(cell_room<T, C>(p));
     Buffer<Sum<T>> sums(direct ? 0 : each * p.pixels() * most);
@@ -111,7 +114,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
             const Int size = rows * channels + PAD, turned_size = row_length * words<T>(channels) + PAD;
             for (Int first = first_unit; first < last; first += together) {
               const Int count = std::min(together, last - first);
-              mix(p, alpha, cells, first, count, row, rows, channel, channels, mixed.data, size, cell_words.data);
+              mix(p, coefficients, cells, first, count, row, rows, channel, channels, mixed.data, size, cell_words.data);
               for (Int unit = first; unit < first + count; unit++) {
                 for (Int part = 0; part < parts; part++)
                   turn(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
@@ -156,11 +159,13 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
   const Int depth = std::min(p.cout, std::max<Int>(fitting, 16));
   const bool direct = !PAIRED<T> || depth == p.cout;  // as in `convolve`
   const Int inputs = p.input[0] * p.input[1] * p.input[2];
+  const Coefficients<T> coefficients(alpha, p.units() * parts, p.cells);
 #pragma omp parallel num_threads(threads)
   {
+    const Tiles tiles;
     Buffer<T> mixed(together * mixtures * (depth * most_channels + PAD));
     Buffer<Word<T>> cell_words(cell_room<T, Sum<T>>(p));
-    Buffer<Word<T>> paired(PAIRED<T> ? mixtures * (words<T>(depth) * round_up(most_channels) + PAD) : 0);
+    Buffer<Word<T>> paired(PAIRED<T> ? mixtures * (filled<T>(depth) * round_up(most_channels) + PAD) : 0);
     Buffer<Sum<T>> sums(direct ? 0 : together * inputs * p.blocks_in * most_channels);
     Buffer<Term> terms(mixtures);
 #pragma omp for collapse(2) schedule(dynamic, 1)
@@ -177,11 +182,11 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
           const Store how = row > 0 ? ADD : WRITE;
-          mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
+          mix_shared<T>(p, coefficients, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
                         channels, mixed.data, size, cell_words.data);
           for (Int sample = first; sample < last; sample++) {
             const T* own = mixed.data + (sample - first) * mixtures * size;
-            const Int kernel_size = PAIRED<T> ? words<T>(rows) * round_up(channels) + PAD : size;
+            const Int kernel_size = PAIRED<T> ? filled<T>(rows) * round_up(channels) + PAD : size;
             const Right<T> kernels = right_factor<T>(rows, channels, own, channels, paired.data);
             for (Int i = 1; i < mixtures; i++)
               right_factor<T>(rows, channels, own + i * size, channels, paired.data + i * kernel_size);
@@ -217,6 +222,14 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
 }
 
 }  // namespace
+
+// Ask the system for the tiles of AMX, and use them from now on where that is granted and `wanted`.
+extern "C" int allow_tiles(int wanted) {
+#if defined(__AVX512BF16__)
+  tiles_allowed = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* of tiles */) == 0;
+#endif
+  return tiles_allowed;
+}
 
 #define EXPORT_CONVOLVE(name, T, C)                                                                             \
   extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) { \

@@ -19,14 +19,22 @@ template <typename T>
 struct Correlating {
   bool gathered;  // whether rows of what pixels have received are brought together: they lie far apart otherwise
   Buffer<Term> terms;
-  Buffer<Word<T>> grad, x;  // words of neighbouring pixels of a line
+  Buffer<Word<T>> grad, x, line;  // words of neighbouring pixels of a line
   Buffer<Sum<T>> sums, turned;
 
   Correlating(const Lines& lines, Int rows, Int channels)
       : gathered(PAIRED<T> || lines.count * lines.width.count * round_up(rows) * Int(sizeof(T)) <= GATHERED),
-        terms(PIXELS), grad(gathered ? lines.count * words<T>(lines.width.count) * round_up(rows) : 0),
-        x(PAIRED<T> ? PIXELS * round_up(channels) : 0), sums(PAIRED<T> ? rows * channels : 0),
-        turned(channels * round_up(rows)) {}
+        terms(PIXELS), grad(gathered ? length(lines) * round_up(rows) : 0),
+        x(PAIRED<T> ? 2 * PIXELS * round_up(channels) : 0),
+        line(PAIRED<T> ? filled<T>(lines.width.count) * round_up(rows) : 0), sums(PAIRED<T> ? rows * channels : 0),
+        turned(channels * round_up(rows)) {
+    if (PAIRED<T>) std::fill_n(grad.data, length(lines) * round_up(rows), Word<T>(0));
+  }
+
+  // Of what a row has received from all pixels, in words; in pairs it is followed by zeros.
+  static Int length(const Lines& lines) {
+    return lines.count * words<T>(lines.width.count) + (PAIRED<T> ? 2 * ROUND : 0);
+  }
 };
 
 // Bring rows together that lie far apart.
@@ -63,12 +71,16 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
   const Int row_step = p.channels_out(), channel_step = p.pixel_step();
   const Int row_length = round_up(rows), length = round_up(channels), line = words<T>(width.count);
+  // In tiles, the words that a row has received lie together; else the rows that a word belongs to.
+  const bool tiled = PAIRED<T> && tiles_allowed;
+  const Int along = tiled ? 1 : row_length, across = tiled ? room.length(lines) : 1;
   if (depth.taps * height.taps * width.taps * p.blocks_in < p.parts()) std::fill_n(kernels, p.parts() * size, T{});
   for (Int i = 0; i < lines.count && room.gathered; i++) {
     const T* from = grad + i * width.count * row_step;
-    Word<T>* to = &room.grad[i * line * row_length];
+    Word<T>* to = &room.grad[i * line * along];
     if constexpr (PAIRED<T>) {
-      right_factor<T>(width.count, rows, from, row_step, to);
+      const Right<T> received = right_factor<T>(width.count, rows, from, row_step, tiled ? room.line.data : to);
+      if (tiled) transpose(line, rows, received.data, received.inner, to, across, round_up(line));
     } else {
       gather(width.count, rows, from, row_step, to, row_length);
     }
@@ -99,9 +111,11 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
               pair_rows(channels, pixel(n), pixel(n + 1), to);
           }
           const Int number = (patch.depth * height.count + patch.height) * line + patch.first / 2;
-          const Word<T>* received = all + number * row_length;
-          sum({WHOLE, 1, (to - room.x.data) / length}, {received, 1, row_length}, {received, row_length},
-              {room.x.data, 1, length}, {room.x.data, length}, room.sums.data);
+          const Word<T>* received = all + number * along;
+          const Int seen = (to - room.x.data) / length, summed = filled<T>(seen * Arithmetic<T>::values);
+          std::fill_n(to, (summed - seen) * length, 0);
+          sum({WHOLE, 1, summed}, {received, across, along}, {received, row_length}, {room.x.data, 1, length},
+              {room.x.data, length}, room.sums.data);
         } else {
           for (Int k = 0; k < patch.lines; k++) {
             const Int received = lines.pixel(patch.depth, patch.height + k, patch.first) * step;
@@ -128,8 +142,9 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
   const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
-  const Int channel_parts = all_channels.count, most = all_channels.most(), length = words<T>(p.cells);
-  const bool turned = p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
+  const Int channel_parts = all_channels.count, most = all_channels.most();
+  const bool tiled = PAIRED<T> && tiles_allowed;
+  const bool turned = !tiled && p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
   // Fewer mixtures leave room for more rows, for each of which a large image is read less often than cells are.
   const Int mixtures = !PAIRED<T> && p.pixels() > 8 * p.cells ? MIXTURES / 2 : MIXTURES;
   const Int together = ceil_div(units, ceil_div(units * parts, mixtures));
@@ -141,8 +156,10 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Int most_rows = all_rows.most();
   const bool far = p.cells * p.cout * p.cin * Int(sizeof(Sum<T>)) > FAR;
   const bool aligned = p.cin % LANES<T> == 0 && (uintptr_t)grad_cells % REGISTER == 0;
+  const Coefficients<T> coefficients(alpha, units * parts, p.cells);
 #pragma omp parallel num_threads(threads)
   {
+    const Tiles tiles;
     Buffer<T> kernels(together * parts * (most_rows * most + PAD));
     const Correlating<T> correlating(lines, most_rows, most);
     const Unmixing<T> unmixing(p, together * parts, most);
@@ -164,8 +181,8 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
           }
           const Int mixture = first * parts, at = row * p.cells * p.cin + channel;
           const Store how = first > 0 ? ADD : far && aligned ? STREAM : WRITE;
-          unmix<T>(p, alpha + mixture * length * Arithmetic<T>::values, cells + at, kernels.data, count * parts, rows,
-                   channels, size, how, unmixing, own_alpha + mixture * padded, grad_cells + at);
+          unmix<T>(p, coefficients.data + mixture * coefficients.row, coefficients.row, cells + at, kernels.data,
+                   count * parts, rows, channels, size, how, unmixing, own_alpha + mixture * padded, grad_cells + at);
         }
       }
     fence();

@@ -19,10 +19,7 @@ from torch import Tensor
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 _SUMS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 _ARGUMENTS = {int: ctypes.c_int64, float: ctypes.c_double}
-_SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("attention", "convolution", "depthwise", "images")]
-_HEADERS = [
-    Path(__file__).with_name(f"{name}.h") for name in ("axis", "bfloat16", "gradients", "mixing", "problem", "product")
-]
+_SOURCES, _HEADERS = (sorted(Path(__file__).parent.glob(pattern)) for pattern in ("*.cpp", "*.h"))
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -46,10 +43,12 @@ def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
     return obstacle is None
 
 
-@torch.compiler.assume_constant_result
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bfloat16 (AMX): torch's products use them, the library does not."""
-    return torch.cpu._is_amx_tile_supported()
+def use_tiles(wanted: bool = True) -> bool:
+    """Multiply bfloat16 in tiles (AMX) from now on, or not; return whether it does.
+
+    They are used by default where the processor has them and the system grants them, and are some 16 times as fast.
+    """
+    return bool(library().allow_tiles(wanted and torch.cpu._is_amx_tile_supported()))
 
 
 @functools.cache
@@ -169,6 +168,8 @@ def _compile(command: list[str], path: Path) -> None:
 
 def _load(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"it could not be loaded ({error})") from error
+    loaded.allow_tiles(torch.cpu._is_amx_tile_supported())
+    return loaded

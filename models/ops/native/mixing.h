@@ -1,8 +1,8 @@
 // Mixing kernels from cells, a few rows and channels at a time, and its adjoint.
 #pragma once
 
-#include "bfloat16.h"
 #include "problem.h"
+#include "tiles.h"
 
 namespace {
 
@@ -22,13 +22,14 @@ constexpr bool PAIRED = Arithmetic<T>::values > 1;
 template <typename T>
 constexpr Int STRIP = WIDE * LANES<T>;  // columns of a product that are computed together
 
-// Rows as a right factor: where they lie, or as words in `room`.
+// Rows as a right factor: where they lie, or as words in `room`, filled up with rows of zeros.
 template <typename T, typename S>
 Right<T> right_factor(Int rows, Int columns, const S* from, Int row, Word<T>* room) {
   const Int length = round_up(columns);
   if constexpr (PAIRED<T>) {
     for (Int i = 0; i < rows; i += 2)
       pair_rows(columns, from + i * row, i + 1 < rows ? from + (i + 1) * row : nullptr, room + i / 2 * length);
+    std::fill_n(room + words<T>(rows) * length, (filled<T>(rows) - words<T>(rows)) * length, 0);
     return {room, length};
   } else if constexpr (std::is_same_v<T, S>) {
     return {from, row};
@@ -47,44 +48,61 @@ void turn(Int rows, Int columns, const T* from, Int row, Word<T>* to, Int length
 // Room for words of the cells that are mixed at once, if they do not lie in memory like that.
 template <typename T, typename C>
 Int cell_room(const Problem& p) {
-  return std::is_same_v<Word<T>, C> ? 0 : words<T>(p.cells) * STRIP<T>;
+  return std::is_same_v<Word<T>, C> ? 0 : filled<T>(p.cells) * STRIP<T>;
 }
+
+// α, a row of so many words for each mixture.
+template <typename T>
+struct Coefficients {
+  Int row;
+  Buffer<Word<T>> room;
+  const Word<T>* data;
+
+  Coefficients(const T* alpha, Int mixtures, Int cells)
+      : row(filled<T>(cells)), room(row > words<T>(cells) ? mixtures * row : 0) {
+    const Int length = words<T>(cells);
+    data = row > length ? room.data : (const Word<T>*)alpha;
+    for (Int i = 0; i < mixtures && row > length; i++) {
+      std::copy_n((const Word<T>*)alpha + i * length, length, &room[i * row]);
+      std::fill_n(&room[i * row + length], row - length, Word<T>(0));
+    }
+  }
+};
 
 // Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Cells are
 // asked for while those before are mixed.
 template <typename T, typename C>
-void mix_shared(const Problem& p, const T* alpha, const C* cells, Int unit, Int count, Int row, Int rows, Int channel,
-                Int channels, T* out, Int size, Word<T>* room) {
-  const Int mixtures = count * p.parts(), length = words<T>(p.cells);
-  const Word<T>* coefficients = (const Word<T>*)alpha + unit * p.parts() * length;
+void mix_shared(const Problem& p, const Coefficients<T>& alpha, const C* cells, Int unit, Int count, Int row, Int rows,
+                Int channel, Int channels, T* out, Int size, Word<T>* room) {
+  const Int mixtures = count * p.parts();
+  const Left<T> a = {alpha.data + unit * p.parts() * alpha.row, alpha.row, 1};
   for (Int r = row; r < row + rows; r++, out += channels)
     for (Int from = 0; from < channels; from += STRIP<T>) {
       const Int columns = std::min(STRIP<T>, channels - from);
       const C *first = cells + r * p.cells * p.cin + channel + from;
       const C *next = from + columns < channels ? first + columns : first - from + p.cells * p.cin;
       const Right<T> b = right_factor<T>(p.cells, columns, first, p.cin, room);
-      multiply<T>(mixtures, columns, length, {coefficients, length, 1}, b, out + from, size, WRITE,
-                  {next, p.cin, columns});
+      multiply<T>(mixtures, columns, alpha.row, a, b, out + from, size, WRITE, {next, p.cells, p.cin, columns});
     }
 }
 
 // The same where each mixture has cells of its own.
 template <typename T, typename C>
-void mix_folded(const Problem& p, const T* alpha, const C* cells, Int unit, Int count, Int row, Int rows, Int channel,
-                Int channels, T* out, Int size, Word<T>* room) {
-  const Int parts = p.parts(), length = words<T>(p.cells);
+void mix_folded(const Problem& p, const Coefficients<T>& alpha, const C* cells, Int unit, Int count, Int row, Int rows,
+                Int channel, Int channels, T* out, Int size, Word<T>* room) {
+  const Int parts = p.parts();
   for (Int r = row; r < row + rows; r++, out += channels)
     for (Int part = 0; part < parts; part++) {
       const Int mixture = (unit * p.folded + r * p.folded / p.cout) * parts + part;
-      const Left<T> a = {(const Word<T>*)alpha + mixture * length, p.folded * parts * length, 1};
+      const Left<T> a = {alpha.data + mixture * alpha.row, p.folded * parts * alpha.row, 1};
       const C *first = cells + (r * p.cells * parts + part) * p.cin + channel, *next_part = first + p.cin;
       if (part == parts - 1) next_part += (p.cells - 1) * parts * p.cin;
       for (Int from = 0; from < channels; from += STRIP<T>) {
         const Int columns = std::min(STRIP<T>, channels - from);
         const C* next = from + columns < channels ? first + from + columns : next_part;
         const Right<T> b = right_factor<T>(p.cells, columns, first + from, parts * p.cin, room);
-        multiply<T>(count, columns, length, a, b, out + part * size + from, parts * size, WRITE,
-                    {next, parts * p.cin, columns});
+        multiply<T>(count, columns, alpha.row, a, b, out + part * size + from, parts * size, WRITE,
+                    {next, p.cells, parts * p.cin, columns});
       }
     }
 }
@@ -100,31 +118,47 @@ struct Parts {
 // Memory for `unmix`: factors as words, cells rounded and turned.
 template <typename T>
 struct Unmixing {
-  Buffer<Word<T>> coefficients, kernels, turned;
+  Buffer<Word<T>> paired, coefficients, kernels, turned;
   Buffer<T> rounded;
 
   Unmixing(const Problem& p, Int mixtures, Int channels)
-      : coefficients(PAIRED<T> ? words<T>(mixtures) * round_up(p.cells) : 0),
-        kernels(PAIRED<T> ? words<T>(mixtures) * round_up(channels) : 0),
+      : paired(PAIRED<T> ? filled<T>(mixtures) * round_up(p.cells) : 0),
+        coefficients(PAIRED<T> ? p.cells * round_up(filled<T>(mixtures)) : 0),
+        kernels(PAIRED<T> ? filled<T>(mixtures) * round_up(channels) : 0),
         turned(words<T>(channels) * round_up(p.cells)), rounded(PAIRED<T> ? p.cells * channels : 0) {
     std::fill_n(turned.data, words<T>(channels) * round_up(p.cells), Word<T>(0));
   }
 };
 
+// α (mixtures, cells) as a left factor (cells, mixtures).
+template <typename T>
+Left<T> coefficients_of_cells(const Problem& p, const Word<T>* alpha, Int row, Int mixtures, const Unmixing<T>& room) {
+  if constexpr (PAIRED<T>) {
+    const Int length = filled<T>(mixtures), to_row = round_up(length);
+    const auto paired = right_factor<T>(mixtures, p.cells, (const T*)alpha, row * 2, room.paired.data);
+    transpose(length, p.cells, paired.data, paired.inner, room.coefficients.data, to_row, to_row);
+    return {room.coefficients.data, to_row, 1};
+  } else {
+    return {alpha, 1, row};
+  }
+}
+
 // The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α, which
 // are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
 template <typename T>
-void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kernels, Int mixtures, Int rows,
-           Int channels, Int size, Store how, const Unmixing<T>& room, Sum<T>* grad_alpha, Sum<T>* grad_cells) {
-  const Int padded = round_up(p.cells), row = p.cells * p.cin, length = words<T>(p.cells) * Arithmetic<T>::values;
+void unmix(const Problem& p, const Word<T>* alpha, Int alpha_row, const Sum<T>* cells, const T* kernels, Int mixtures,
+           Int rows, Int channels, Int size, Store how, const Unmixing<T>& room, Sum<T>* grad_alpha,
+           Sum<T>* grad_cells) {
+  const Int padded = round_up(p.cells), row = p.cells * p.cin, together = PAIRED<T> ? 32 : 2 * TALL;
   const Right<T> turned = {room.turned.data, padded};
-  const Right<T> coefficients = right_factor<T>(mixtures, p.cells, alpha, length, room.coefficients.data);
+  const Left<T> coefficients = coefficients_of_cells<T>(p, alpha, alpha_row, mixtures, room);
   for (Int r = 0; r < rows; r++, kernels += channels, cells += row, grad_cells += row) {
     const Right<T> received = right_factor<T>(mixtures, channels, kernels, size, room.kernels.data);
-    for (Int cell = 0; cell < p.cells; cell += 2 * TALL) {
-      const Int few = std::min(2 * TALL, p.cells - cell), at = cell * p.cin;
+    for (Int cell = 0; cell < p.cells; cell += together) {
+      const Int few = std::min(together, p.cells - cell), at = cell * p.cin;
       if (how != STREAM) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
-      multiply<T>(few, channels, words<T>(mixtures), {coefficients.data + cell, 1, coefficients.inner}, received,
+      multiply<T>(few, channels, filled<T>(mixtures),
+                  {coefficients.data + cell * coefficients.row, coefficients.row, coefficients.inner}, received,
                   grad_cells + at, p.cin, how);
     }
     if constexpr (PAIRED<T>) {
@@ -134,7 +168,7 @@ void unmix(const Problem& p, const T* alpha, const Sum<T>* cells, const T* kerne
       turn(p.cells, channels, cells, p.cin, room.turned.data, padded);
     }
     for (Int cell = 0; cell < p.cells; cell += STRIP<T>) {
-      const Early next(cells + row + cell * p.cin, p.cin, channels);
+      const Early next(cells + row + cell * p.cin, std::min(STRIP<T>, p.cells - cell), p.cin, channels);
       multiply<T>(mixtures, std::min(STRIP<T>, padded - cell), words<T>(channels),
                   {(const Word<T>*)kernels, words<T>(size), 1}, {turned.data + cell, padded}, grad_alpha + cell, padded,
                   ADD, next);

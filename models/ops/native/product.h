@@ -95,13 +95,13 @@ inline void fence() {
 // for all of them at once has to wait for them.
 struct Early {
   const char* data = nullptr;
-  Int row = 0, lines = 0;  // bytes from one row to the next, and cache lines of each
+  Int rows = 0, row = 0, lines = 0;  // how many, the bytes from one to the next, and cache lines of each
   Int first = 0, last = 0;  // of the lines for a word, those that one tile asks for
 
   Early() = default;
   template <typename T>
-  Early(const T* data, Int row, Int columns)
-      : data((const char*)data), row(row * sizeof(T)), lines(ceil_div(columns * sizeof(T), 64)) {}
+  Early(const T* data, Int rows, Int row, Int columns)
+      : data((const char*)data), rows(rows), row(row * sizeof(T)), lines(ceil_div(columns * sizeof(T), 64)) {}
 
   // For the tile of `count` of all rows of the product.
   Early part(Int values, Int begin, Int count, Int rows) const {
@@ -210,20 +210,26 @@ void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, 
 #undef COLUMNS
 }
 
-template <bool far, typename T, typename Out>
-void multiply_pairs(Int, Int, Terms, Left<T>, Right<T>, Out*, Int, Store, Early);  // in bfloat16.h
+template <typename T, typename Out>
+void multiply_words(Int, Int, Int, Terms, Left<T>, Int, Right<T>, Out*, Int, Int, Store, Early);  // in tiles.h
 
-// c (rows, columns) = a b, or c += a b, which rounded results cannot be, or the first past the caches.
+// For `count` left factors, `a_step` words apart, and as many c, (rows, columns) each: c = a b, or c += a b, which
+// rounded results cannot be, or the first past the caches.
+template <typename T, typename Out>
+void multiply_lines(Int count, Int rows, Int columns, Terms terms, Left<T> a, Int a_step, Right<T> b, Out* c, Int c_row,
+                    Int c_step, Store how, Early early = {}) {
+  if constexpr (Arithmetic<T>::values == 1) {
+    const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
+    for (Int i = 0; i < count; i++, a.data += a_step, c += c_step)
+      run(rows, columns, terms, a, b, c, c_row, how, early);
+  } else {
+    multiply_words(count, rows, columns, terms, a, a_step, b, c, c_row, c_step, how, early);
+  }
+}
 template <typename T, typename Out>
 void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
               Early early = {}) {
-  if constexpr (Arithmetic<T>::values == 1) {
-    const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
-    run(rows, columns, terms, a, b, c, c_row, how, early);
-  } else {
-    const auto run = early.row ? multiply_pairs<true, T, Out> : multiply_pairs<false, T, Out>;
-    run(rows, columns, terms, a, b, c, c_row, how, early);
-  }
+  multiply_lines<T>(1, rows, columns, terms, a, 0, b, c, c_row, 0, how, early);
 }
 template <typename T, typename Out>
 void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,

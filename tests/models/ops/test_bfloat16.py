@@ -10,7 +10,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, n
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
-from kernelwarehouse.models.ops.native import mean
+from kernelwarehouse.models.ops.native import mean, use_tiles
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
 from .convolutions import CONVOLUTIONS, convolution, needs_compiler
@@ -40,6 +40,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registers():
+    """Multiply in registers for the time of the test, also where there are tiles."""
+    if not use_tiles(False) and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("there are no tiles: all other tests multiply in registers")
+    yield
+    use_tiles()
 
 
 def made(name):
@@ -89,6 +98,11 @@ def test_it_is_no_further_from_the_truth_than_whole_kernels(threads, name, count
     assert [value.dtype for value in ours] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
     assert last or ours[0].is_contiguous()
     assert_no_further_from(truth, ours, others)
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *SHAPES])
+def test_registers_where_there_are_tiles(threads, registers, name):
+    test_it_is_no_further_from_the_truth_than_whole_kernels(threads, name, 3, True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,10 +219,6 @@ class TestWhereItIsTaken:
 
     def test_it_is_where_it_can_run(self):
         assert self.chosen() == "native"
-
-    def test_not_where_torch_has_tiles(self, monkeypatch):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-        assert self.chosen() != "native"
 
     def test_a_processor_without_the_instructions(self, monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
