@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, set_implementation
 from kernelwarehouse.models import fold_
@@ -36,13 +37,18 @@ class Contender:
     implementation: str | None = None
 
     def build(self, device: torch.device) -> nn.Module:
-        """Build the network; contenders of one configuration have the same weights.
+        """Build the network; contenders of one configuration have the same weights and statistics.
+
+        The latter are those of random images. With those of the start, what a deep network computes fades into
+        denormal numbers, which processors handle at very different speeds.
 
         Raises:
             ValueError: A configuration that cannot be built.
         """
         torch.manual_seed(0)
-        net = build_model(self.config).to(device, memory_format=LAYOUTS[self.layout])
+        net = build_model(self.config)
+        update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
+        net = net.to(device, memory_format=LAYOUTS[self.layout])
         if self.implementation:
             set_implementation(net, self.implementation)
         if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
