@@ -18,6 +18,7 @@
 namespace {
 
 constexpr Int KERNELS = 512 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
+constexpr Int SMALL = 24 << 10;  // bytes of kernels that stay in the first-level cache
 
 // Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many words apart.
 template <typename T>
@@ -68,26 +69,39 @@ void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Ke
     }
 }
 
+// A number of parts of a whole, at most twice and at most `most`, with which `each` times as many tasks are shared
+// out evenly among threads.
+Int balanced(Int parts, Int each, Int threads, Int most) {
+  const Int tasks = parts * each;
+  return tasks % threads && tasks < 4 * threads && 2 * parts <= most ? 2 * parts : parts;
+}
+
 template <typename T, typename C>
 void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) {
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
+  // Small kernels are applied whole to a large image, which is read once; those of narrow blocks side by side.
+  const bool large = p.pixels() > 8 * p.cells, narrow = p.cout < 2 * LANES<T>;
+  const bool whole = large && parts * p.cin * p.cout * Int(sizeof(T)) <= SMALL;
+  const Int side = narrow ? p.blocks_out : 1, groups = units / side;
   // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
-  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || 8 * p.cells > p.pixels());
-  Int row_parts = ceil_div(p.cout, STRIP<T> / (half ? 2 : 1));
-  const Int unit_parts = std::min(units, ceil_div(wanted, row_parts));
+  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || !large);
+  Int row_parts = whole || narrow ? 1 : ceil_div(p.cout, STRIP<T> / (half ? 2 : 1));
+  // Too few kernels mixed at once are not worth what reading the cells costs.
+  const Int least = std::min(groups, ceil_div(wanted, row_parts));
+  const Int unit_parts = balanced(least, row_parts, threads, std::min(groups, units * parts / 16));
   // Splitting positions means mixing the same kernels twice, which large maps hardly notice.
   const Int room = std::max<Int>(p.pixels() / (8 * p.cells), 1);
   const Int line_parts = std::min({lines.count, room, ceil_div(wanted, row_parts * unit_parts)});
-  if (row_parts * unit_parts * line_parts < threads)
+  if (row_parts * unit_parts * line_parts < threads && side == 1)
     row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
   const Parts all_rows = {p.cout, row_parts, LANES<T>};
   const Int most = all_rows.most();
   // Of folded cells a row is read for one part of each sample only.
-  const Int each = ceil_div(units, unit_parts), mixtures = (p.folded ? Arithmetic<T>::values : 1) * MIXTURES;
-  const Int together = ceil_div(each, ceil_div(each * parts, mixtures));
-  const Int fitting = KERNELS / Int(sizeof(T)) / (together * parts * most) / 16 * 16;
-  const Int depth = std::min(p.cin, std::max<Int>(fitting, 64));
+  const Int each = ceil_div(groups, unit_parts) * side, mixtures = (p.folded ? Arithmetic<T>::values : 1) * MIXTURES;
+  const Int together = std::max<Int>(ceil_div(each, ceil_div(each * parts, mixtures)) / side, 1) * side;
+  const Int fitting = KERNELS / Int(sizeof(T)) / (together * parts * most);
+  const Int depth = std::min(p.cin, std::max(fitting / STRIP<T>, Int(1)) * STRIP<T>);
   const bool direct = !PAIRED<T> || depth == p.cin;  // else outputs are rounded when they are summed up
   const auto mix = p.folded ? mix_folded<T, C> : mix_shared<T, C>;
   const Coefficients<T> coefficients(alpha, p.batch * (p.folded ? p.folded : p.blocks_out) * parts, p.cells);
@@ -95,15 +109,17 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   {
     const Tiles tiles;
     Buffer<T> mixed(together * parts * (most * depth + PAD));
-    Buffer<Word<T>> turned(parts * (round_up(most) * words<T>(depth) + PAD)), cell_words(cell_room<T, C>(p));
+    Buffer<Word<T>> turned(parts * (round_up(side * most) * words<T>(depth) + PAD)), cell_words(cell_room<T, C>(p));
     Buffer<Sum<T>> sums(direct ? 0 : each * p.pixels() * most);
     Buffer<Term> terms(parts);
 #pragma omp for collapse(3) schedule(dynamic, 1)
     for (Int row_part = 0; row_part < row_parts; row_part++)
       for (Int unit_part = 0; unit_part < unit_parts; unit_part++)
         for (Int line_part = 0; line_part < line_parts; line_part++) {
-          const Int row = all_rows.begin(row_part), rows = all_rows.size(row_part), row_length = round_up(rows);
-          const Int first_unit = units * unit_part / unit_parts, last = units * (unit_part + 1) / unit_parts;
+          const Int row = all_rows.begin(row_part), rows = all_rows.size(row_part);
+          const Int columns = side * rows, row_length = round_up(columns);
+          const Int first_unit = groups * unit_part / unit_parts * side;
+          const Int last = groups * (unit_part + 1) / unit_parts * side;
           const Int line = lines.count * line_part / line_parts, last_line = lines.count * (line_part + 1) / line_parts;
           const auto output = [&](Int unit) {
             return y + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
@@ -115,26 +131,27 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
             for (Int first = first_unit; first < last; first += together) {
               const Int count = std::min(together, last - first);
               mix(p, coefficients, cells, first, count, row, rows, channel, channels, mixed.data, size, cell_words.data);
-              for (Int unit = first; unit < first + count; unit++) {
-                for (Int part = 0; part < parts; part++)
-                  turn(rows, channels, mixed.data + ((unit - first) * parts + part) * size, channels,
-                       turned.data + part * turned_size, row_length);
+              for (Int unit = first; unit < first + count; unit += side) {
+                for (Int block = 0; block < side; block++)
+                  for (Int part = 0; part < parts; part++)
+                    turn(rows, channels, mixed.data + ((unit + block - first) * parts + part) * size, channels,
+                         turned.data + part * turned_size + block * rows, row_length, row_length - block * rows);
                 const T* image = x + unit / p.blocks_out * p.image_in() + channel;
                 const Pixels<T> pixels(image, p.channels_in(), p.blocks_in, channels, p.cin);
-                const Kernels<T> kernels = {turned.data, rows, row_length, p.blocks_in * turned_size, turned_size};
+                const Kernels<T> kernels = {turned.data, columns, row_length, p.blocks_in * turned_size, turned_size};
                 if (direct) {
                   apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
                 } else {
                   Sum<T>* summed = &sums[(unit - first_unit) * p.pixels() * rows];
-                  apply<T>(lines, line, last_line, pixels, kernels, summed, rows, how, terms.data);
+                  apply<T>(lines, line, last_line, pixels, kernels, summed, columns, how, terms.data);
                 }
               }
             }
           }
           if constexpr (PAIRED<T>) {
             const Int pixel = line * p.output[2], count = last_line * p.output[2] - pixel;
-            for (Int unit = first_unit; unit < last && !direct; unit++)
-              round_rows(count, rows, &sums[((unit - first_unit) * p.pixels() + pixel) * rows], rows,
+            for (Int unit = first_unit; unit < last && !direct; unit += side)
+              round_rows(count, columns, &sums[(unit - first_unit) * p.pixels() * rows + pixel * columns], columns,
                          output(unit) + pixel * p.channels_out(), p.channels_out());
           }
         }
@@ -152,7 +169,8 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
   const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
   const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;
   const Int most = std::max<Int>(MIXTURES / mixtures, 1);
-  const Int groups = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
+  const Int least = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
+  const Int groups = balanced(least, channel_parts, threads, std::min(p.batch, p.batch * mixtures / 16));
   const Int together = ceil_div(p.batch, groups);
   const Int most_channels = all_channels.most();
   const Int fitting = KERNELS_BACKWARD / Int(sizeof(T)) / (together * mixtures * most_channels) / 16 * 16;

@@ -39,10 +39,10 @@ Right<T> right_factor(Int rows, Int columns, const S* from, Int row, Word<T>* ro
   }
 }
 
-// Columns as the rows of a right factor, `length` words apart.
+// Columns as the rows of a right factor, `length` words apart, of which `room` may be written.
 template <typename T>
-void turn(Int rows, Int columns, const T* from, Int row, Word<T>* to, Int length) {
-  transpose<Word<T>>(rows, words<T>(columns), (const Word<T>*)from, words<T>(row), to, length, length);
+void turn(Int rows, Int columns, const T* from, Int row, Word<T>* to, Int length, Int room) {
+  transpose<Word<T>>(rows, words<T>(columns), (const Word<T>*)from, words<T>(row), to, length, room);
 }
 
 // Room for words of the cells that are mixed at once, if they do not lie in memory like that.
@@ -163,9 +163,9 @@ void unmix(const Problem& p, const Word<T>* alpha, Int alpha_row, const Sum<T>* 
     }
     if constexpr (PAIRED<T>) {
       round_rows(p.cells, channels, cells, p.cin, room.rounded.data, channels);
-      turn(p.cells, channels, room.rounded.data, channels, room.turned.data, padded);
+      turn(p.cells, channels, room.rounded.data, channels, room.turned.data, padded, padded);
     } else {
-      turn(p.cells, channels, cells, p.cin, room.turned.data, padded);
+      turn(p.cells, channels, cells, p.cin, room.turned.data, padded, padded);
     }
     for (Int cell = 0; cell < p.cells; cell += STRIP<T>) {
       const Early next(cells + row + cell * p.cin, std::min(STRIP<T>, p.cells - cell), p.cin, channels);

@@ -220,8 +220,12 @@ void multiply_lines(Int count, Int rows, Int columns, Terms terms, Left<T> a, In
                     Int c_step, Store how, Early early = {}) {
   if constexpr (Arithmetic<T>::values == 1) {
     const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
-    for (Int i = 0; i < count; i++, a.data += a_step, c += c_step)
-      run(rows, columns, terms, a, b, c, c_row, how, early);
+    // What takes several strips is written while it is in a cache.
+    const Int together = columns > WIDE * LANES<T> ? 8 * TALL : rows;
+    for (Int i = 0; i < count; i++)
+      for (Int row = 0; row < rows; row += together)
+        run(std::min(together, rows - row), columns, terms, {a.data + i * a_step + row * a.row, a.row, a.inner}, b,
+            c + i * c_step + row * c_row, c_row, how, early);
   } else {
     multiply_words(count, rows, columns, terms, a, a_step, b, c, c_row, c_step, how, early);
   }
