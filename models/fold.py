@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .convert import remove_unused_warehouses_
 from .ops.kernel_warehouse import KWLayer, supports
 from .ops.kernel_warehouse.cost import FACTORS, folding_saves
-from .ops.kernel_warehouse.native import folds_natively
+from .ops.kernel_warehouse.native import mixes_natively
 from .ops.native import can_run
 
 
@@ -44,7 +44,7 @@ def fold_(model: nn.Module, x: Tensor, *, dtype: torch.dtype | None = None, max_
     width = (dtype or x.dtype).itemsize
     factors = FACTORS.get(x.device.type, FACTORS["cuda"])
     native = can_run(x.device.type, x.dtype)
-    folded_native = folds_natively(dtype or x.dtype, x.dtype, x.device.type)
+    folded_native = mixes_natively(dtype or x.dtype, x.dtype, x.device.type)
     gains = {}
     for name, positions in _positions(model, layers, x).items():
         layer = layers[name]

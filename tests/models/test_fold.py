@@ -26,7 +26,7 @@ def randomise(net):
 @pytest.mark.parametrize("case", FOLDABLE)
 def test_parity(monkeypatch, case, way, tile):
     if way == "streamed":
-        monkeypatch.setattr(folded, "folds_natively", lambda *_: False)
+        monkeypatch.setattr(folded, "mixes_natively", lambda *_: False)
     monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
     monkeypatch.setattr(streamed, "_TILE_CHANNELS", 1)
     layer, _, x = make(case)

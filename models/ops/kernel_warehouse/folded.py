@@ -21,7 +21,7 @@ from .attention import EPSILON, Attention, pool
 from .attention_operator import folded_at_once, folds_at_once
 from .mixed_conv import computing_type
 from .mixing import by_output_blocks, mix_rows
-from .native import folds_natively, native_folded_conv
+from .native import mixes_natively, native_folded_conv
 from .partition import Partition
 from .streamed import tiles
 
@@ -52,7 +52,7 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
         (B, Cout, *output spatial), channels last in memory if x is.
     """
     kind = computing_type(x)
-    if not (torch.is_grad_enabled() or exporting()) and folds_natively(products.dtype, kind, x.device.type):
+    if not (torch.is_grad_enabled() or exporting()) and mixes_natively(products.dtype, kind, x.device.type):
         alpha = _coefficients(attention, x).to(kind)
         return native_folded_conv(alpha, products, x.to(kind), partition, geometry)
     pooled, x = pool(x)

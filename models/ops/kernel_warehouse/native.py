@@ -57,7 +57,9 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     alpha = by_output_blocks(alpha, partition)
     window = window_of(partition.kernel[2:], geometry, padding)
     if not torch.is_grad_enabled():
-        return convolve(alpha, cells.to(kind).transpose(0, 1), x, window, False)
+        if not mixes_natively(cells.dtype, x.dtype, x.device.type):
+            cells = cells.to(kind)
+        return convolve(alpha, cells.transpose(0, 1), x, window, False)
     return _NativeConv.apply(alpha, cells.to(kind), x, window)
 
 
@@ -79,9 +81,9 @@ def native_folded_conv(alpha: Tensor, products: Tensor, x: Tensor, partition: Pa
     return convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, window, True)
 
 
-def folds_natively(products: torch.dtype, x: torch.dtype, device: str) -> bool:
-    """Whether `native_folded_conv` can compute with products and images of these types on a type of device."""
-    return can_run(device, x) and products in (x, sum_type(x), torch.bfloat16)
+def mixes_natively(values: torch.dtype, x: torch.dtype, device: str) -> bool:
+    """Whether cells or products of one type are read as they are for images of another, on a type of device."""
+    return can_run(device, x) and (values == sum_type(x) or (values, sum_type(x)) == (torch.bfloat16, torch.float32))
 
 
 def in_pairs(x: Tensor, partition: Partition) -> bool:

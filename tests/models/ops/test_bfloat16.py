@@ -10,7 +10,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, n
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
-from kernelwarehouse.models.ops.native import mean, use_tiles
+from kernelwarehouse.models.ops.native import call, mean, use_tiles
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
 from .convolutions import CONVOLUTIONS, convolution, needs_compiler
@@ -171,6 +171,19 @@ def test_products_of_another_type(images, products, cell):
     assert y.dtype == images
     exact = native_folded_conv(*(t.double() for t in (alpha, kept, x)), partition, geometry)
     assert (y - exact).norm() < (1e-6 if images == torch.float32 else 6e-3) * exact.norm()
+
+
+@pytest.mark.parametrize("images", [torch.float32, torch.bfloat16])
+def test_cells_of_bfloat16_are_read_as_they_are(images, monkeypatch):
+    partition, geometry, (alpha, cells, x) = made("parts")
+    alpha, cells, x = alpha.detach().to(images), cells.detach().bfloat16(), x.detach().to(images)
+    read = []
+    monkeypatch.setattr(native, "call", lambda *given: (read.append(given[2][1]), call(*given)))
+    with torch.no_grad():
+        y = mixed_conv(alpha, cells, x, partition, geometry, "native")
+        expected = mixed_conv(alpha, cells.float(), x, partition, geometry, "native")
+    assert [values.dtype for values in read] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(y, expected)
 
 
 def test_gradients_of_many_cells():
