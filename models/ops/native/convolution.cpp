@@ -98,7 +98,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const Parts all_rows = {p.cout, row_parts, LANES<T>};
   const Int most = all_rows.most();
   // Of folded cells a row is read for one part of each sample only.
-  const Int each = ceil_div(groups, unit_parts) * side, mixtures = (p.folded ? Arithmetic<T>::values : 1) * MIXTURES;
+  const Int mixtures = (p.folded ? Arithmetic<T>::values : 1) * most_mixtures<T>();
+  const Int each = ceil_div(groups, unit_parts) * side;
   const Int together = std::max<Int>(ceil_div(each, ceil_div(each * parts, mixtures)) / side, 1) * side;
   const Int fitting = KERNELS / Int(sizeof(T)) / (together * parts * most);
   const Int depth = std::min(p.cin, std::max(fitting / STRIP<T>, Int(1)) * STRIP<T>);
@@ -168,7 +169,7 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
   while (p.batch * ceil_div(p.cin, width) < wanted && width > LANES<T>) width = ceil_div(width, 2);
   const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
   const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;
-  const Int most = std::max<Int>(MIXTURES / mixtures, 1);
+  const Int most = std::max<Int>(most_mixtures<T>() / mixtures, 1);
   const Int least = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
   const Int groups = balanced(least, channel_parts, threads, std::min(p.batch, p.batch * mixtures / 16));
   const Int together = ceil_div(p.batch, groups);

@@ -72,15 +72,14 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   const Int row_step = p.channels_out(), channel_step = p.pixel_step();
   const Int row_length = round_up(rows), length = round_up(channels), line = words<T>(width.count);
   // In tiles, the words that a row has received lie together; else the rows that a word belongs to.
-  const bool tiled = PAIRED<T> && tiles_allowed;
-  const Int along = tiled ? 1 : row_length, across = tiled ? room.length(lines) : 1;
+  const Int along = tiled<T>() ? 1 : row_length, across = tiled<T>() ? room.length(lines) : 1;
   if (depth.taps * height.taps * width.taps * p.blocks_in < p.parts()) std::fill_n(kernels, p.parts() * size, T{});
   for (Int i = 0; i < lines.count && room.gathered; i++) {
     const T* from = grad + i * width.count * row_step;
     Word<T>* to = &room.grad[i * line * along];
     if constexpr (PAIRED<T>) {
-      const Right<T> received = right_factor<T>(width.count, rows, from, row_step, tiled ? room.line.data : to);
-      if (tiled) transpose(line, rows, received.data, received.inner, to, across, round_up(line));
+      const Right<T> received = right_factor<T>(width.count, rows, from, row_step, tiled<T>() ? room.line.data : to);
+      if (tiled<T>()) transpose(line, rows, received.data, received.inner, to, across, round_up(line));
     } else {
       gather(width.count, rows, from, row_step, to, row_length);
     }
@@ -143,10 +142,9 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
   const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most();
-  const bool tiled = PAIRED<T> && tiles_allowed;
-  const bool turned = !tiled && p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
+  const bool turned = !tiled<T>() && p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
   // Fewer mixtures leave room for more rows, for each of which a large image is read less often than cells are.
-  const Int mixtures = !PAIRED<T> && p.pixels() > 8 * p.cells ? MIXTURES / 2 : MIXTURES;
+  const Int mixtures = !PAIRED<T> && p.pixels() > 8 * p.cells ? MIXTURES / 2 : most_mixtures<T>();
   const Int together = ceil_div(units, ceil_div(units * parts, mixtures));
   const Int fitting = GRADIENTS / Int(sizeof(T)) / (together * parts * most) / TALL;
   const Int tall = std::max<Int>(fitting, 3) * TALL;

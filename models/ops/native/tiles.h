@@ -196,6 +196,12 @@ void multiply_words(Int count, Int rows, Int columns, Terms terms, Left<bfloat16
 
 #endif
 
+// Whether products of a type are made in tiles.
+template <typename T>
+bool tiled() {
+  return Arithmetic<T>::values > 1 && tiles_allowed;
+}
+
 // To how many words a row or a column of words is filled up with zeros, where they are summed over.
 template <typename T>
 Int filled(Int values) {
