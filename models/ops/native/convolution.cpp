@@ -131,7 +131,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
             const Int size = rows * channels + PAD, turned_size = row_length * words<T>(channels) + PAD;
             for (Int first = first_unit; first < last; first += together) {
               const Int count = std::min(together, last - first);
-              mix(p, coefficients, cells, first, count, row, rows, channel, channels, mixed.data, size, cell_words.data);
+              mix(p, coefficients, cells, first, count, row, rows, channel, channels, mixed.data, size,
+                  cell_words.data);
               for (Int unit = first; unit < first + count; unit += side) {
                 for (Int block = 0; block < side; block++)
                   for (Int part = 0; part < parts; part++)
