@@ -245,7 +245,7 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
 
 // Ask the system for the tiles of AMX, and use them from now on where that is granted and `wanted`.
 extern "C" int allow_tiles(int wanted) {
-#if defined(__AVX512BF16__)
+#if defined(TILES)
   tiles_allowed = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* of tiles */) == 0;
 #endif
   return tiles_allowed;

@@ -48,7 +48,7 @@ def use_tiles(wanted: bool = True) -> bool:
 
     They are used by default where the processor has them and the system grants them, and are some 16 times as fast.
     """
-    return bool(library().allow_tiles(wanted and torch.cpu._is_amx_tile_supported()))
+    return bool(library().allow_tiles(wanted))
 
 
 @functools.cache
@@ -147,7 +147,8 @@ def _instructions() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _INSTRUCTIONS:
         raise NativeError(f"the processor needs {' or '.join(_INSTRUCTIONS)}, and torch found {capability}")
-    return _INSTRUCTIONS[capability] + ["-mavx512bf16"] * _multiplies_bfloat16()
+    pairs, tiles = _multiplies_bfloat16(), torch.cpu._is_amx_tile_supported()
+    return _INSTRUCTIONS[capability] + ["-mavx512bf16"] * pairs + ["-DTILES"] * (pairs and tiles)
 
 
 def _multiplies_bfloat16() -> bool:
@@ -171,5 +172,5 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"it could not be loaded ({error})") from error
-    loaded.allow_tiles(torch.cpu._is_amx_tile_supported())
+    loaded.allow_tiles(True)
     return loaded

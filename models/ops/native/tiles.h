@@ -1,7 +1,7 @@
-// Products of bfloat16 in tiles (AMX): 16 rows of 16 words each, 16 times as many at once as in registers.
+// Products of bfloat16 in tiles (AMX): 16 rows of 16 words each, for which registers take some 16 times as long.
 //
-// The instructions are written out: who compiles needs no option for them, and any processor loads the library. The
-// system has to be asked before a process may use them (`convolution.cpp`).
+// The instructions are written out, since compilers learned them late. The system has to be asked before a process may
+// use them (`allow_tiles`); where it refuses, and where the processor has none, products are made in registers.
 #pragma once
 
 #include "bfloat16.h"
@@ -10,20 +10,33 @@ namespace {
 
 bool tiles_allowed = false;
 
-// What the tiles of this thread are like: their rows and the words that are summed over, or 0.
-thread_local Int tile_shape = 0;
-
-// Gives the tiles of a thread back when it has used them: others should neither find nor save them.
-struct Tiles {
-  ~Tiles() {
-    if (tile_shape) asm volatile("tilerelease");
-    tile_shape = 0;
-  }
-};
-
-#if defined(__AVX512BF16__)
+// Whether products of a type are made in tiles.
+template <typename T>
+bool tiled() {
+  return Arithmetic<T>::values > 1 && tiles_allowed;
+}
 
 constexpr Int TILE = 16;  // rows of a tile, and words of a row
+
+// Of how many words a tile's rows should be, to sum over `inner` of them: 0 if tiles would be nearly empty.
+inline Int tile_words(Int inner) {
+  if (inner <= TILE) return inner;
+  for (Int words = TILE; words > TILE / 3; words--)
+    if (inner % words == 0) return words;
+  return 0;
+}
+
+// To how many words those of some values are filled up with zeros, where they are summed over.
+template <typename T>
+Int filled(Int values) {
+  const Int inner = words<T>(values), count = ceil_div(inner, TILE);
+  return tiled<T>() && count ? count * ceil_div(inner, count) : inner;
+}
+
+#if defined(TILES)
+
+// What the tiles of this thread are like: their rows and the words that are summed over, or 0.
+thread_local Int tile_shape = 0;
 
 // Tiles 0 to 3 hold sums, 4 and 5 left factors, 6 and 7 right ones.
 inline void shape_tiles(Int rows, Int words) {
@@ -41,6 +54,14 @@ inline void shape_tiles(Int rows, Int words) {
   tile_shape = rows * 2 * TILE + words;
 }
 
+// Gives the tiles of a thread back when it has used them: others should neither find nor save them.
+struct Tiles {
+  ~Tiles() {
+    if (tile_shape) asm volatile("tilerelease");
+    tile_shape = 0;
+  }
+};
+
 template <int tile>
 inline void load_tile(const uint32_t* from, Int row) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row * 4), "i"(tile) : "memory");
@@ -56,20 +77,6 @@ inline void clear_tile() {
 template <int sum, int left, int right>
 inline void add_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
-}
-
-// Of how many words a tile's rows should be, to sum over `inner` of them: 0 if tiles would be nearly empty.
-inline Int tile_words(Int inner) {
-  if (inner <= TILE) return inner;
-  for (Int words = TILE; words > TILE / 3; words--)
-    if (inner % words == 0) return words;
-  return 0;
-}
-
-// The least number of words from `inner` on that tiles of 16 or fewer are filled by.
-inline Int fill_tiles(Int inner) {
-  const Int count = ceil_div(inner, TILE);
-  return tiles_allowed && count ? count * ceil_div(inner, count) : inner;
 }
 
 // Rows in far memory, of which some are asked for at a time.
@@ -183,32 +190,27 @@ void multiply_tiles(Int count, Int rows, Int columns, Int words, Terms terms, Le
   }
 }
 
+#else
+
+struct Tiles {};
+
+#endif
+
+#if defined(__AVX512BF16__)
+
 template <typename Out>
 void multiply_words(Int count, Int rows, Int columns, Terms terms, Left<bfloat16> a, Int a_step, Right<bfloat16> b,
                     Out* c, Int c_row, Int c_step, Store how, Early early) {
-  const bool tiled = tiles_allowed && a.inner == 1 && std::min({count, rows, columns, terms.count}) > 0;
-  if (const Int words = tiled ? tile_words(terms.inner) : 0)
+#if defined(TILES)
+  const bool fitting = tiles_allowed && a.inner == 1 && std::min({count, rows, columns, terms.count}) > 0;
+  if (const Int words = fitting ? tile_words(terms.inner) : 0)
     return multiply_tiles(count, rows, columns, words, terms, a, a_step, b, c, c_row, c_step, how, early);
+#endif
   const auto run = early.row ? multiply_pairs<true, Out> : multiply_pairs<false, Out>;
   for (Int i = 0; i < count; i++, a.data += a_step, c += c_step)
     run(rows, columns, terms, a, b, c, c_row, how, early);
 }
 
 #endif
-
-// Whether products of a type are made in tiles.
-template <typename T>
-bool tiled() {
-  return Arithmetic<T>::values > 1 && tiles_allowed;
-}
-
-// To how many words a row or a column of words is filled up with zeros, where they are summed over.
-template <typename T>
-Int filled(Int values) {
-#if defined(__AVX512BF16__)
-  if constexpr (Arithmetic<T>::values > 1) return fill_tiles(words<T>(values));
-#endif
-  return words<T>(values);
-}
 
 }  // namespace
