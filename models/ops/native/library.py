@@ -46,7 +46,8 @@ def can_run(device: str, dtype: torch.dtype, warn: bool = False) -> bool:
 def use_tiles(wanted: bool = True) -> bool:
     """Multiply bfloat16 in tiles (AMX) from now on, or not; return whether it does.
 
-    They are used by default where the processor has them and the system grants them, and are some 16 times as fast.
+    They are used by default where the processor has them and the system grants them. Products in them are up to 30
+    times as fast as in registers.
     """
     return bool(library().allow_tiles(wanted))
 

@@ -1,4 +1,4 @@
-// Products of bfloat16 in tiles (AMX): 16 rows of 16 words each, for which registers take some 16 times as long.
+// Products of bfloat16 in tiles (AMX): 16 rows of 16 words each, for which registers take up to 30 times as long.
 //
 // The instructions are written out, since compilers learned them late. The system has to be asked before a process may
 // use them (`allow_tiles`); where it refuses, and where the processor has none, products are made in registers.
