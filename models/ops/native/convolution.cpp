@@ -81,7 +81,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
   // Small kernels are applied whole to a large image, which is read once; those of narrow blocks side by side.
-  const bool large = p.pixels() > 8 * p.cells, narrow = p.cout < 2 * LANES<T>;
+  const bool large = p.pixels() > 8 * p.cells, narrow = p.cout < 2 * LANES<T> && p.blocks_out * parts <= MIXTURES;
   const bool whole = large && parts * p.cin * p.cout * Int(sizeof(T)) <= SMALL;
   const Int side = narrow ? p.blocks_out : 1, groups = units / side;
   // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
