@@ -69,9 +69,9 @@ inline void store(bfloat16* to, __mmask16 mask, __m512 values) {
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-template <typename Out, Int vectors, Int rows, bool far>
+template <typename Out, Int vectors, Int rows>
 inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                                                __mmask16 last, Store how, Early early) {
+                                                __mmask16 last, Store how, Early& early) {
   const auto mask = [=](Int v) { return v < vectors - 1 ? __mmask16(0xffff) : last; };
   __m512 sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
@@ -85,7 +85,7 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
     for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
       __m512bh value[vectors];
       for (Int v = 0; v < vectors; v++) value[v] = (__m512bh)_mm512_loadu_si512(right + v * 16);
-      if constexpr (far) early.ask<2>(k);
+      if (k % ROUND == 0) early.ask();
       for (Int i = 0; i < rows; i++) {
         const __m512bh pair = (__m512bh)_mm512_set1_epi32(left[i * a.row]);
         for (Int v = 0; v < vectors; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], value[v], pair);
@@ -102,15 +102,14 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
     for (Int v = 0; v < vectors; v++) store(c + i * c_row + v * 16, mask(v), sum[i][v]);
 }
 
-template <bool far, typename Out>
+template <typename Out>
 void multiply_pairs(Int rows, Int columns, Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                    Store how, Early early) {
+                    Store how, Early& early) {
   const auto strip = [&](auto vectors) {
     const __mmask16 last = lanes(columns - (vectors - 1) * 16);
-    for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
-      const Early part = far ? early.part(2, first, count, rows) : early;
+    for_rows(rows, [=, &early](auto count, Int first) __attribute__((always_inline)) {
       const Left<bfloat16> left = {a.data + first * a.row, a.row, a.inner};
-      tile<Out, vectors, count, far>(terms, left, b, c + first * c_row, c_row, last, how, part);
+      tile<Out, vectors, count>(terms, left, b, c + first * c_row, c_row, last, how, early);
     });
   };
   for (; columns > 48; columns -= 64, b.data += 64, c += 64) strip(std::integral_constant<Int, 4>{});

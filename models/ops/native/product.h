@@ -39,6 +39,9 @@ constexpr Int LANES = REGISTER / sizeof(Sum<T>);
 template <typename T, Int lanes>
 using Vector __attribute__((vector_size(lanes * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
 
+template <typename T>
+constexpr Int LINE = 64 / sizeof(T);  // values in a line of the caches
+
 constexpr Int AHEAD = 16;  // rows of a right factor that are asked for early
 constexpr Int ROUND = 16;  // to a multiple of which the length of a transposed row is rounded up
 
@@ -91,30 +94,26 @@ inline void fence() {
 #endif
 }
 
-// Rows in far memory that are asked for while a product is computed, as many for each word as it has values; who asks
-// for all of them at once has to wait for them.
+// Rows in far memory that are asked for while a product is computed, evenly: who asks for many at once has to wait for
+// them, since a core can wait for a few dozen lines only.
 struct Early {
-  const char* data = nullptr;
-  Int rows = 0, row = 0, lines = 0;  // how many, the bytes from one to the next, and cache lines of each
-  Int first = 0, last = 0;  // of the lines for a word, those that one tile asks for
+  const char* row = nullptr;
+  Int step = 0, lines = 0, line = 0;  // the bytes from one row to the next, cache lines of each, and the next of them
+  Int total = 0, due = 0, steps = 1;
 
   Early() = default;
   template <typename T>
   Early(const T* data, Int rows, Int row, Int columns)
-      : data((const char*)data), rows(rows), row(row * sizeof(T)), lines(ceil_div(columns * sizeof(T), 64)) {}
+      : row((const char*)data), step(row * sizeof(T)), lines(ceil_div(columns * sizeof(T), 64)), total(rows * lines) {}
 
-  // For the tile of `count` of all rows of the product.
-  Early part(Int values, Int begin, Int count, Int rows) const {
-    Early part = *this;
-    part.first = values * lines * begin / rows;
-    part.last = values * lines * (begin + count) / rows;
-    return part;
-  }
-  template <Int values>
-  void ask(Int word) const {
-    for (Int i = first; i < last; i++) {
-      const Int next = values > 1 && i >= lines;
-      __builtin_prefetch(data + (values * word + next) * row + (i - next * lines) * 64, 0, 2);
+  // One of the `steps` in which all is asked for.
+  void ask() {
+    for (due += total; due >= steps; due -= steps) {
+      __builtin_prefetch(row + line * 64, 0, 2);
+      if (++line == lines) {
+        line = 0;
+        row += step;
+      }
     }
   }
 };
@@ -149,25 +148,36 @@ inline __attribute__((always_inline)) void for_rows(Int rows, Work work) {
   }
 }
 
-template <typename T, Int lanes, Int vectors, Int rows, bool far>
+template <typename T, Int lanes, Int vectors, Int rows, bool along>
 inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
-                                                Early early) {
+                                                Early& early) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
     for (Int v = 0; v < vectors; v++) sum[i][v] = how == ADD ? *(const V*)(c + i * c_row + v * lanes) : V{};
+  const Int inner = along ? 1 : a.inner;
   for (Int t = 0; t < terms.count; t++) {
     const T *left = a.data + terms.data[t].left, *right = b.data + terms.data[t].right;
-    for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
+    const auto add = [&]() __attribute__((always_inline)) {
       V value[vectors];
       for (Int v = 0; v < vectors; v++) value[v] = *(const V*)(right + v * lanes);
-      if constexpr (far) {
-        early.ask<1>(k);
-      } else {
-        for (Int v = 0; v < vectors; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
-      }
+      for (Int v = 0; v < vectors && !along; v++) __builtin_prefetch(right + AHEAD * b.inner + v * lanes);
       for (Int i = 0; i < rows; i++)
         for (Int v = 0; v < vectors; v++) sum[i][v] += left[i * a.row] * value[v];
+      left += inner;
+      right += b.inner;
+    };
+    Int k = 0;
+    for (Int line = 0; k < terms.inner; line++) {
+      early.ask();
+      if constexpr (along) {
+        for (Int i = 0; i < rows; i++) __builtin_prefetch(left + (rows + i) * a.row);
+        for (Int v = 0; v < vectors && line < rows; v++) __builtin_prefetch(c + (rows + line) * c_row + v * lanes, 1);
+      }
+      if ((k += LINE<T>) <= terms.inner)
+        for (Int i = 0; i < LINE<T>; i++) add();
+      else
+        for (Int i = terms.inner % LINE<T>; i > 0; i--) add();
     }
   }
   if (how == STREAM) {
@@ -180,33 +190,32 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
 }
 
 // As many columns as `vectors` hold, for any number of rows.
-template <typename T, Int lanes, Int vectors, bool far>
-void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how, Early early) {
-  for_rows(rows, [=](auto count, Int first) __attribute__((always_inline)) {
-    const Early part = far ? early.part(1, first, count, rows) : early;
-    tile<T, lanes, vectors, count, far>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row,
-                                        how, part);
+template <typename T, Int lanes, Int vectors, bool along>
+void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how, Early& early) {
+  for_rows(rows, [=, &early](auto count, Int first) __attribute__((always_inline)) {
+    tile<T, lanes, vectors, count, along>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row,
+                                          how, early);
   });
 }
 
-template <typename T, bool far>
+template <typename T, bool along>
 void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
-                     Early early) {
-#define COLUMNS(lanes, vectors, far)                                        \
-  for (; columns >= lanes * vectors; columns -= lanes * vectors) {          \
-    strip<T, lanes, vectors, far>(rows, terms, a, b, c, c_row, how, early); \
-    b.data += lanes * vectors;                                              \
-    c += lanes * vectors;                                                   \
+                     Early& early) {
+#define COLUMNS(lanes, vectors)                                               \
+  for (; columns >= lanes * vectors; columns -= lanes * vectors) {            \
+    strip<T, lanes, vectors, along>(rows, terms, a, b, c, c_row, how, early); \
+    b.data += lanes * vectors;                                                \
+    c += lanes * vectors;                                                     \
   }
   if constexpr (WIDE == 4) {
-    COLUMNS(LANES<T>, 4, far)
-    COLUMNS(LANES<T>, 3, far)
+    COLUMNS(LANES<T>, 4)
+    COLUMNS(LANES<T>, 3)
   }
-  COLUMNS(LANES<T>, 2, far)
-  COLUMNS(LANES<T>, 1, far)
-  if constexpr (LANES<T> > 8) COLUMNS(8, 1, false)
-  if constexpr (LANES<T> > 4) COLUMNS(4, 1, false)
-  COLUMNS(1, 1, false)
+  COLUMNS(LANES<T>, 2)
+  COLUMNS(LANES<T>, 1)
+  if constexpr (LANES<T> > 8) COLUMNS(8, 1)
+  if constexpr (LANES<T> > 4) COLUMNS(4, 1)
+  COLUMNS(1, 1)
 #undef COLUMNS
 }
 
@@ -219,7 +228,9 @@ template <typename T, typename Out>
 void multiply_lines(Int count, Int rows, Int columns, Terms terms, Left<T> a, Int a_step, Right<T> b, Out* c, Int c_row,
                     Int c_step, Store how, Early early = {}) {
   if constexpr (Arithmetic<T>::values == 1) {
-    const auto run = sizeof(T) == 4 && early.row ? multiply_values<T, sizeof(T) == 4> : multiply_values<T, false>;
+    const auto run = a.inner == 1 ? multiply_values<T, true> : multiply_values<T, false>;
+    early.steps = count * ceil_div(rows, TALL) * ceil_div(columns, WIDE * LANES<T>) * terms.count *
+                  ceil_div(terms.inner, LINE<T>);
     // What takes several strips is written while it is in a cache.
     const Int together = columns > WIDE * LANES<T> ? 8 * TALL : rows;
     for (Int i = 0; i < count; i++)

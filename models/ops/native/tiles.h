@@ -79,28 +79,10 @@ inline void add_product() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(left), "i"(right));
 }
 
-// Rows in far memory, of which some are asked for at a time.
-struct Asking {
-  const char* row;
-  Int step, lines, rows, line = 0;
-  explicit Asking(Early early) : row(early.data), step(early.row), lines(early.lines), rows(lines ? early.rows : 0) {}
-
-  void ask(Int count) {
-    for (; count > 0 && rows > 0; count--) {
-      __builtin_prefetch(row + line * 64, 0, 2);
-      if (++line == lines) {
-        line = 0;
-        rows--;
-        row += step;
-      }
-    }
-  }
-};
-
 // Sums of one or two tiles of rows by one or two of columns.
 template <bool two_rows, bool two_columns>
 inline void sum_tiles(Terms terms, Int words, const uint32_t* left, const uint32_t* other, Int left_row,
-                      Right<bfloat16> right, Asking& asking, Int ask) {
+                      Right<bfloat16> right, Early& early) {
   clear_tile<0>();
   if constexpr (two_columns) clear_tile<1>();
   if constexpr (two_rows) clear_tile<2>();
@@ -121,7 +103,7 @@ inline void sum_tiles(Terms terms, Int words, const uint32_t* left, const uint32
         add_product<2, 5, 6>();
       }
       if constexpr (two_rows && two_columns) add_product<3, 5, 7>();
-      asking.ask(ask);
+      early.ask();
     }
   }
 }
@@ -154,9 +136,7 @@ void multiply_tiles(Int count, Int rows, Int columns, Int words, Terms terms, Le
   alignas(64) float sums[2][TILE * 2 * TILE];
   // Tiles of the same height, of which the last may repeat some rows of the one before.
   const Int strips = ceil_div(rows, TILE), tall = ceil_div(rows, strips), total = count * strips;
-  const Int squares = ceil_div(total, 2) * ceil_div(columns, 2 * TILE) * terms.count * (terms.inner / words);
-  Asking asking(early);
-  const Int ask = ceil_div(early.rows * early.lines, squares);
+  early.steps = ceil_div(total, 2) * ceil_div(columns, 2 * TILE) * terms.count * (terms.inner / words);
   shape_tiles(tall, words);
   const auto left = [&](Int line, Int row) { return a.data + line * a_step + row * a.row; };
   for (Int i = 0; i < total; i += 2) {
@@ -173,7 +153,7 @@ void multiply_tiles(Int count, Int rows, Int columns, Int words, Terms terms, Le
       const bool two_columns = columns - column > TILE;
       const Right<bfloat16> right = {b.data + column, b.inner};
       const auto sum = [&](auto two_rows, auto two_columns) {
-        sum_tiles<two_rows, two_columns>(terms, words, first, second, a.row, right, asking, ask);
+        sum_tiles<two_rows, two_columns>(terms, words, first, second, a.row, right, early);
         store_tile<0>(sums[0], 2 * TILE);
         if constexpr (two_columns) store_tile<1>(sums[0] + TILE, 2 * TILE);
         if constexpr (two_rows) store_tile<2>(sums[1], 2 * TILE);
@@ -206,9 +186,9 @@ void multiply_words(Int count, Int rows, Int columns, Terms terms, Left<bfloat16
   if (const Int words = fitting ? tile_words(terms.inner) : 0)
     return multiply_tiles(count, rows, columns, words, terms, a, a_step, b, c, c_row, c_step, how, early);
 #endif
-  const auto run = early.row ? multiply_pairs<true, Out> : multiply_pairs<false, Out>;
+  early.steps = count * ceil_div(rows, TALL) * ceil_div(columns, 64) * terms.count * ceil_div(terms.inner, ROUND);
   for (Int i = 0; i < count; i++, a.data += a_step, c += c_step)
-    run(rows, columns, terms, a, b, c, c_row, how, early);
+    multiply_pairs(rows, columns, terms, a, b, c, c_row, how, early);
 }
 
 #endif
