@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry, Padding, check_operands
+from ..images import add_bias
 from ..native import can_run
 from .batched import grouped_dynamic_conv, taps_dynamic_conv, unfold_dynamic_conv
 from .columns import columns, columns_adjoint, even_part, parts_of, windows
@@ -87,10 +88,7 @@ def dynamic_conv_from_geometry(
         implementation = _choose(x, weight, geometry)
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be auto, {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
-    y = IMPLEMENTATIONS[implementation](x, weight, geometry)
-    if bias is None:
-        return y
-    return y + bias.to(y.dtype).reshape(-1, weight.shape[1], *(1,) * (x.ndim - 2))
+    return add_bias(IMPLEMENTATIONS[implementation](x, weight, geometry), bias)
 
 
 def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:

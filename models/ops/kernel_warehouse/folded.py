@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dynamic_conv import columns, dynamic_conv_from_geometry
 from ..exporting import exporting
 from ..geometry import Geometry
-from ..images import empty_images
+from ..images import add_bias, empty_images
 from .applied import Workspace, multiply
 from .attention import EPSILON, Attention, pool
 from .attention_operator import folded_at_once, folds_at_once
@@ -38,8 +38,15 @@ def fold_products(attention: Attention, cells: Tensor, partition: Partition) -> 
     return products.permute(3, 0, 1, 2, 4, 5).flatten(3).contiguous()
 
 
-def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
-    """y[b] = conv(x[b], W[b]) at temperature 0, streamed as `streamed_conv`; the scales s go onto the columns.
+def folded_conv(
+    attention: Attention,
+    products: Tensor,
+    x: Tensor,
+    partition: Partition,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[b] = conv(x[b], W[b]) + bias at temperature 0, streamed as `streamed_conv`; the scales s go onto the columns.
 
     Args:
         attention: The layer's.
@@ -47,6 +54,7 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
         x: (B, Cin, *spatial).
         partition: How the kernel is cut; it must be of an ungrouped convolution.
         geometry: The convolution's arguments.
+        bias: (Cout,), if any.
 
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
@@ -54,10 +62,10 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
     kind = computing_type(x)
     if not (torch.is_grad_enabled() or exporting()) and mixes_natively(products.dtype, kind, x.device.type):
         alpha = _coefficients(attention, x).to(kind)
-        return native_folded_conv(alpha, products, x.to(kind), partition, geometry)
+        return native_folded_conv(alpha, products, x.to(kind), partition, geometry, bias)
     pooled, x = pool(x)
     if exporting():
-        return dynamic_conv_from_geometry(x, folded_kernels(attention, products, pooled, partition), None, geometry)
+        return dynamic_conv_from_geometry(x, folded_kernels(attention, products, pooled, partition), bias, geometry)
     hidden, scales = (value.to(kind) for value in _hidden_and_scales(attention, pooled))
     scales = by_output_blocks(scales.unsqueeze(2), partition).squeeze(3)
     x = geometry.pad(x.to(kind))
@@ -76,7 +84,7 @@ def folded_conv(attention: Attention, products: Tensor, x: Tensor, partition: Pa
                 out = space.take("kernels", part.shape[1], len(scaled), part.shape[2])
                 kernels = mix_rows(hidden[samples], part, out).transpose(0, 1)
                 multiply([scaled], kernels, flat[samples, block, channels], space)
-    return y
+    return add_bias(y, bias)
 
 
 def folded_kernels(attention: Attention, products: Tensor, pooled: Tensor, partition: Partition) -> Tensor:

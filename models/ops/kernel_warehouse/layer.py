@@ -97,14 +97,12 @@ class KWLayer(nn.Module):
         if self.products is not None:
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
-            y = folded_conv(self.attention, self.products, x, self.partition, self.geometry)
-        elif self._trains_at_once(x):
+            return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
+        if self._trains_at_once(x):
             temperature = self.warehouses.temperature
-            y = native_layer(self.attention, self.cells, x, temperature, self.partition, self.geometry)
-        else:
-            alpha, x = self._attend(x)
-            y = mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation)
-        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
+            return native_layer(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
+        alpha, x = self._attend(x)
+        return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation, self.bias)
 
     def _trains_at_once(self, x: Tensor) -> bool:
         return (

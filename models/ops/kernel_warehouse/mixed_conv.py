@@ -1,5 +1,6 @@
 """The convolution with mixed kernels, by any of its implementations."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dynamic_conv import dynamic_conv_from_geometry
 from ..exporting import exporting
 from ..geometry import Geometry
+from ..images import add_bias
 from ..native import can_run
 from .cost import cheapest
 from .fused import fused_conv
@@ -58,8 +60,9 @@ def mixed_conv(
     partition: Partition,
     geometry: Geometry,
     implementation: str = "auto",
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y[b] = conv(x[b], W[b]) with W[b] mixed from the cells by α[b].
+    """y[b] = conv(x[b], W[b]) + bias with W[b] mixed from the cells by α[b].
 
     Args:
         alpha: α, (B, m, n).
@@ -69,6 +72,7 @@ def mixed_conv(
         geometry: The convolution's arguments.
         implementation: "auto" or a name in `IMPLEMENTATIONS`. One that cannot do what is asked for (see `supports`)
             gives way to "kernels".
+        bias: (Cout,), if any.
 
     Returns:
         (B, Cout, *output spatial).
@@ -76,14 +80,16 @@ def mixed_conv(
     dtype = computing_type(x)
     alpha, x = alpha.to(dtype), x.to(dtype)
     implementation = resolve(implementation, partition, geometry, cells.shape[0], x)
+    if implementation == "native":
+        return native_conv(alpha, cells, x, partition, geometry, bias)
     run = IMPLEMENTATIONS[implementation]
     large = implementation == "inputs"
     if implementation == "kernels":
         large = 4 * math.prod(partition.kernel) > x[0].numel()
     if large and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # They grow with the batch, and are cheaper to mix again than to keep.
-        return checkpoint(run, alpha, cells, x, partition, geometry, use_reentrant=False, preserve_rng_state=False)
-    return run(alpha, cells, x, partition, geometry)
+        run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return add_bias(run(alpha, cells, x, partition, geometry), bias)
 
 
 def computing_type(x: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dynamic_conv import dynamic_conv_from_geometry
 from ..geometry import Geometry
-from ..images import empty_images
+from ..images import add_bias, empty_images
 from ..native import (
     call,
     can_run,
@@ -36,8 +36,15 @@ from .partition import Partition
 from .streamed import streamed_conv
 
 
-def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
-    """y[b] = conv(x[b], W[b]); arguments, result and order of the gradient as `streamed_conv`, or depthwise.
+def native_conv(
+    alpha: Tensor,
+    cells: Tensor,
+    x: Tensor,
+    partition: Partition,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y[b] = conv(x[b], W[b]) + bias (Cout,); the rest as `streamed_conv` has it, or depthwise.
 
     Others take over where this cannot run, which is said once.
 
@@ -47,23 +54,31 @@ def native_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, g
     kind = sum_type(x.dtype)
     if not can_run(x.device.type, x.dtype, warn=True):
         if geometry.groups > 1:
-            return dynamic_conv_from_geometry(x, mix(alpha, cells, partition), None, geometry)
-        return streamed_conv(alpha, cells, x, partition, geometry)
+            return dynamic_conv_from_geometry(x, mix(alpha, cells, partition), bias, geometry)
+        return add_bias(streamed_conv(alpha, cells, x, partition, geometry), bias)
     if geometry.groups > 1:
-        return depthwise_conv(alpha.to(kind), cells.to(kind), x, partition, geometry)
+        return add_bias(depthwise_conv(alpha.to(kind), cells.to(kind), x, partition, geometry), bias)
     if not in_pairs(x, partition):
-        return native_conv(alpha.float(), cells, x.float(), partition, geometry).to(x.dtype)
+        return native_conv(alpha.float(), cells, x.float(), partition, geometry, bias).to(x.dtype)
     x, padding = geometry.split_padding(x)
     alpha = by_output_blocks(alpha, partition)
     window = window_of(partition.kernel[2:], geometry, padding)
+    bias = None if bias is None else bias.to(kind)
     if not torch.is_grad_enabled():
         if not mixes_natively(cells.dtype, x.dtype, x.device.type):
             cells = cells.to(kind)
-        return convolve(alpha, cells.transpose(0, 1), x, window, False)
-    return _NativeConv.apply(alpha, cells.to(kind), x, window)
+        return convolve(alpha, cells.transpose(0, 1), x, bias, window, False)
+    return _NativeConv.apply(alpha, cells.to(kind), x, bias, window)
 
 
-def native_folded_conv(alpha: Tensor, products: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+def native_folded_conv(
+    alpha: Tensor,
+    products: Tensor,
+    x: Tensor,
+    partition: Partition,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The same with W[b] mixed from products of attention and cells (see `folded`); without a gradient.
 
     Args:
@@ -73,12 +88,14 @@ def native_folded_conv(alpha: Tensor, products: Tensor, x: Tensor, partition: Pa
         x: (B, Cin, *spatial), of a type that `can_run`, as α.
         partition: How the kernel is cut.
         geometry: The convolution's arguments.
+        bias: (Cout,), if any.
     """
     if not in_pairs(x, partition):
-        return native_folded_conv(alpha.float(), products.float(), x.float(), partition, geometry).to(x.dtype)
+        return native_folded_conv(alpha.float(), products.float(), x.float(), partition, geometry, bias).to(x.dtype)
     x, padding = geometry.split_padding(x)
     window = window_of(partition.kernel[2:], geometry, padding)
-    return convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, window, True)
+    bias = None if bias is None else bias.to(sum_type(x.dtype))
+    return convolve(by_output_blocks(alpha, partition), products.flatten(0, 1), x, bias, window, True)
 
 
 def mixes_natively(values: torch.dtype, x: torch.dtype, device: str) -> bool:
@@ -95,37 +112,51 @@ class _NativeConv(torch.autograd.Function):
     """`native_conv` of α (B, blocks of output channels, taps · blocks of input channels, n)."""
 
     @staticmethod
-    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]):
+    def forward(ctx, alpha: Tensor, cells: Tensor, x: Tensor, bias: Tensor | None, window: Sequence[int]):
         ctx.save_for_backward(alpha, cells, x)
         ctx.window = window
-        return convolve(alpha, cells.transpose(0, 1), x, window, False)
+        return convolve(alpha, cells.transpose(0, 1), x, bias, window, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         alpha, cells, x = ctx.saved_tensors
-        needs_alpha, needs_cells, needs_x, _ = ctx.needs_input_grad
+        needs_alpha, needs_cells, needs_x, needs_bias, _ = ctx.needs_input_grad
         grad_alpha = grad_cells = grad_x = None
+        grad_bias = gradient_of_bias(grad) if needs_bias else None
         if needs_x:
             grad_x = gradient_of_x(grad, alpha, cells, x, ctx.window, None)
         if needs_alpha or needs_cells:
             grad_alpha, grad_cells = gradients_of_mixing(grad, alpha, cells, x, ctx.window)
-        return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, None
+        return grad_alpha if needs_alpha else None, grad_cells if needs_cells else None, grad_x, grad_bias, None
 
 
-def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
+def gradient_of_bias(grad: Tensor) -> Tensor:
+    """(Cout,), of the type that is summed in, given that of y."""
+    return grad.sum((0, *range(2, grad.ndim)), dtype=sum_type(grad.dtype))
+
+
+def _output(
+    alpha: Tensor, rows: Tensor, x: Tensor, _bias: Tensor | None, window: Sequence[int], folded: bool
+) -> Tensor:
     size = output_size(x.shape[2:], window)
     return empty_images(x, rows.shape[0] * (1 if folded else alpha.shape[1]), size)
 
 
 @operator("native_conv", fake=_output)
-def convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], folded: bool) -> Tensor:
-    """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin)."""
-    y = _output(alpha, rows, x, window, folded)
+def convolve(
+    alpha: Tensor, rows: Tensor, x: Tensor, bias: Tensor | None, window: Sequence[int], folded: bool
+) -> Tensor:
+    """Of cells by output channel, (cout, n, cin, *ones), or of products, (Cout, r + 1, taps · input blocks · cin).
+
+    The bias is of the type that is summed in.
+    """
+    y = _output(alpha, rows, x, bias, window, folded)
     values = room_for_pixels(y)
     sizes = _problem(alpha, x, y, window, folded)
     function = "convolve_rounded" if rows.dtype == torch.bfloat16 else "convolve"
-    call(function, [sizes], (_coefficients(alpha), rows.contiguous(), pixels(x), values))
+    bias = None if bias is None else bias.contiguous()
+    call(function, [sizes], (_coefficients(alpha), rows.contiguous(), pixels(x), bias, values))
     return from_pixels(values, y)
 
 

@@ -48,16 +48,6 @@ inline void widen_row(Int columns, const bfloat16* from, float* to) {
   });
 }
 
-// Add a row to others.
-template <typename T>
-void add_row(Int rows, Int columns, const Sum<T>* row, T* to, Int to_row) {
-  for (Int i = 0; i < rows; i++, to += to_row)
-    for_columns<T>(0, columns, [&](auto lanes, auto vectors, Int first) {
-      for (Int k = first; k < first + lanes * vectors; k += lanes)
-        put<lanes>(to + k, widen<lanes>(to + k) + *(const Vector<Sum<T>, lanes>*)(row + k));
-    });
-}
-
 #if defined(__AVX512BF16__)
 
 inline __mmask16 lanes(Int count) { return count < 16 ? (1 << count) - 1 : 0xffff; }
@@ -71,7 +61,7 @@ inline void store(bfloat16* to, __mmask16 mask, __m512 values) {
 
 template <typename Out, Int vectors, Int rows>
 inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                                                __mmask16 last, Store how, Early& early) {
+                                                __mmask16 last, Store how, const float* offset, Early& early) {
   const auto mask = [=](Int v) { return v < vectors - 1 ? __mmask16(0xffff) : last; };
   __m512 sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
@@ -92,6 +82,9 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
       }
     }
   }
+  if (offset)
+    for (Int v = 0; v < vectors; v++)
+      for (Int i = 0; i < rows; i++) sum[i][v] += load(offset + v * 16, mask(v));
   if constexpr (std::is_same_v<Out, float>)
     if (how == STREAM) {
       for (Int i = 0; i < rows; i++)
@@ -104,15 +97,16 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, R
 
 template <typename Out>
 void multiply_pairs(Int rows, Int columns, Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                    Store how, Early& early) {
+                    Store how, const float* offset, Early& early) {
   const auto strip = [&](auto vectors) {
     const __mmask16 last = lanes(columns - (vectors - 1) * 16);
     for_rows(rows, [=, &early](auto count, Int first) __attribute__((always_inline)) {
       const Left<bfloat16> left = {a.data + first * a.row, a.row, a.inner};
-      tile<Out, vectors, count>(terms, left, b, c + first * c_row, c_row, last, how, early);
+      tile<Out, vectors, count>(terms, left, b, c + first * c_row, c_row, last, how, offset, early);
     });
   };
-  for (; columns > 48; columns -= 64, b.data += 64, c += 64) strip(std::integral_constant<Int, 4>{});
+  for (; columns > 48; columns -= 64, b.data += 64, c += 64, offset += offset ? 64 : 0)
+    strip(std::integral_constant<Int, 4>{});
   if (columns > 32) return strip(std::integral_constant<Int, 3>{});
   if (columns > 16) return strip(std::integral_constant<Int, 2>{});
   if (columns > 0) return strip(std::integral_constant<Int, 1>{});

@@ -20,11 +20,13 @@ namespace {
 constexpr Int KERNELS = 512 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
 constexpr Int SMALL = 24 << 10;  // bytes of kernels that stay in the first-level cache
 
-// Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many words apart.
+// Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many words apart; and an
+// offset, or none, for what they make of a pixel.
 template <typename T>
 struct Kernels {
   const Word<T>* data;
   Int columns, row, tap, block;
+  const Sum<T>* offset;
 };
 
 // Pixels to read: their size, and `blocks` of `channels` each, in words that are a number of them apart.
@@ -64,7 +66,8 @@ void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Ke
         const Int to_step = across ? height.stride * lines.size[2] : width.stride;
         const Left<T> a = {from.data + lines.read(d, h, w) * from.size, row * from.size, 1};
         multiply_lines<T>(last - first, rows, kernels.columns, terms, a, step * from.size, {kernels.data, kernels.row},
-                          to + lines.pixel(d, h, w) * to_size, to_row * to_size, to_step * to_size, how);
+                          to + lines.pixel(d, h, w) * to_size, to_row * to_size, to_step * to_size, how,
+                          kernels.offset);
       }
     }
 }
@@ -77,7 +80,7 @@ Int balanced(Int parts, Int each, Int threads, Int most) {
 }
 
 template <typename T, typename C>
-void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) {
+void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, const Sum<T>* bias, T* y) {
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
   // Small kernels are applied whole to a large image, which is read once; those of narrow blocks side by side.
@@ -128,6 +131,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
           for (Int channel = 0; channel < p.cin; channel += depth) {
             const Int channels = std::min(depth, p.cin - channel);
             const Store how = channel > 0 ? ADD : WRITE;
+            const bool last_channels = channel + channels == p.cin;
             const Int size = rows * channels + PAD, turned_size = row_length * words<T>(channels) + PAD;
             for (Int first = first_unit; first < last; first += together) {
               const Int count = std::min(together, last - first);
@@ -140,7 +144,9 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
                          turned.data + part * turned_size + block * rows, row_length, row_length - block * rows);
                 const T* image = x + unit / p.blocks_out * p.image_in() + channel;
                 const Pixels<T> pixels(image, p.channels_in(), p.blocks_in, channels, p.cin);
-                const Kernels<T> kernels = {turned.data, columns, row_length, p.blocks_in * turned_size, turned_size};
+                const Sum<T>* offset = bias && last_channels ? bias + unit % p.blocks_out * p.cout + row : nullptr;
+                const Kernels<T> kernels = {turned.data,  columns, row_length, p.blocks_in * turned_size,
+                                            turned_size, offset};
                 if (direct) {
                   apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
                 } else {
@@ -202,6 +208,7 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
           const Store how = row > 0 ? ADD : WRITE;
+          const bool last_rows = row + rows == p.cout;
           mix_shared<T>(p, coefficients, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
                         channels, mixed.data, size, cell_words.data);
           for (Int sample = first; sample < last; sample++) {
@@ -214,8 +221,10 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
             for (Int phase = 0; phase < phases; phase++) {
               const Lines lines(p, phase);
               for (Int block = 0; block < p.blocks_in; block++) {
+                const Int number = sample * p.blocks_in + block;
                 const Kernels<T> these = {kernels.data + block * kernel_size, channels, kernels.inner,
-                                          p.blocks_in * kernel_size, parts * kernel_size};
+                                          p.blocks_in * kernel_size, parts * kernel_size,
+                                          each && last_rows ? each + number * p.cin + channel : nullptr};
                 if (direct) {
                   apply<T>(lines, 0, lines.count, pixels, these, input(sample, block), p.channels_in(), how,
                            terms.data);
@@ -223,13 +232,6 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
                   apply<T>(lines, 0, lines.count, pixels, these, summed(sample, block), channels, how, terms.data);
                 }
               }
-            }
-            for (Int block = 0; block < p.blocks_in && each && row + rows == p.cout; block++) {
-              const Sum<T>* more = each + (sample * p.blocks_in + block) * p.cin + channel;
-              if (direct)
-                add_row(inputs, channels, more, input(sample, block), p.channels_in());
-              else
-                add_row(inputs, channels, more, summed(sample, block), channels);
             }
           }
         }
@@ -251,9 +253,10 @@ extern "C" int allow_tiles(int wanted) {
   return tiles_allowed;
 }
 
-#define EXPORT_CONVOLVE(name, T, C)                                                                             \
-  extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, T* y) { \
-    convolve(p, threads, alpha, cells, x, y);                                                                   \
+#define EXPORT_CONVOLVE(name, T, C)                                                                                  \
+  extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x,              \
+                             const Sum<T>* bias, T* y) {                                                             \
+    convolve(p, threads, alpha, cells, x, bias, y);                                                                  \
   }
 #define EXPORT(T)                                                                                                      \
   EXPORT_CONVOLVE(convolve, T, Sum<T>)                                                                                 \

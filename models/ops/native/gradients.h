@@ -5,13 +5,15 @@
 
 #include <omp.h>
 
+#include <cmath>
+
 #include "axis.h"
 #include "mixing.h"
 
 namespace {
 
 constexpr Int GRADIENTS = 384 << 10;  // bytes for a thread's gradients of kernels
-constexpr Int GATHERED = 256 << 10;  // bytes of an image's rows that are brought together
+constexpr Int GATHERED = 640 << 10;  // bytes of an image's rows that are brought together
 constexpr Int PIXELS = 128;  // that are summed over at once, and stay in the first-level cache for all rows
 
 // Memory for `correlate`.
@@ -143,9 +145,12 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
   const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most();
   const bool turned = !tiled<T>() && p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
-  // Fewer mixtures leave room for more rows, for each of which a large image is read less often than cells are.
-  const Int mixtures = !PAIRED<T> && p.pixels() > 8 * p.cells ? MIXTURES / 2 : most_mixtures<T>();
-  const Int together = ceil_div(units, ceil_div(units * parts, mixtures));
+  // Of fewer units more rows fit, so that images are read less often, but cells more often. Both cost about the same
+  // for a `fair` number of units.
+  const double fair = std::sqrt(3. * p.cells * GRADIENTS / sizeof(T) / (double(most) * parts * p.pixels()));
+  const Int fitting_units = std::max<Int>(most_mixtures<T>() / parts, 1);
+  const Int wanted = PAIRED<T> ? fitting_units : std::min<Int>(fitting_units, std::max(fair + 0.5, 1.0));
+  const Int together = ceil_div(units, ceil_div(units, wanted));
   const Int fitting = GRADIENTS / Int(sizeof(T)) / (together * parts * most) / TALL;
   const Int tall = std::max<Int>(fitting, 3) * TALL;
   const Int row_parts = std::max(ceil_div(p.cout, turned ? STRIP<T> : tall),

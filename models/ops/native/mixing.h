@@ -148,8 +148,8 @@ Left<T> coefficients_of_cells(const Problem& p, const Word<T>* alpha, Int row, I
   }
 }
 
-// The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α, which
-// are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
+// The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α,
+// which are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
 template <typename T>
 void unmix(const Problem& p, const Word<T>* alpha, Int alpha_row, const Sum<T>* cells, const T* kernels, Int mixtures,
            Int rows, Int channels, Int size, Store how, const Unmixing<T>& room, Sum<T>* grad_alpha,

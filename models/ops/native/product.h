@@ -148,9 +148,11 @@ inline __attribute__((always_inline)) void for_rows(Int rows, Work work) {
   }
 }
 
+// Where rows of the left factor lie `along` what is summed over, those that the next tile reads, and what it writes, are
+// asked for; else rows of the right factor.
 template <typename T, Int lanes, Int vectors, Int rows, bool along>
 inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
-                                                Early& early) {
+                                                const T* offset, Early& early) {
   using V = Vector<T, lanes>;
   V sum[rows][vectors];
   for (Int i = 0; i < rows; i++)
@@ -167,19 +169,19 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
       left += inner;
       right += b.inner;
     };
-    Int k = 0;
-    for (Int line = 0; k < terms.inner; line++) {
+    for (Int k = 0; k < terms.inner; k += LINE<T>) {
       early.ask();
       if constexpr (along) {
         for (Int i = 0; i < rows; i++) __builtin_prefetch(left + (rows + i) * a.row);
-        for (Int v = 0; v < vectors && line < rows; v++) __builtin_prefetch(c + (rows + line) * c_row + v * lanes, 1);
+        if (k < rows * LINE<T>)
+          for (Int v = 0; v < vectors; v++) __builtin_prefetch(c + (rows + k / LINE<T>) * c_row + v * lanes, 1);
       }
-      if ((k += LINE<T>) <= terms.inner)
-        for (Int i = 0; i < LINE<T>; i++) add();
-      else
-        for (Int i = terms.inner % LINE<T>; i > 0; i--) add();
+      for (Int i = std::min(LINE<T>, terms.inner - k); i > 0; i--) add();
     }
   }
+  if (offset)
+    for (Int v = 0; v < vectors; v++)
+      for (Int i = 0; i < rows; i++) sum[i][v] += *(const V*)(offset + v * lanes);
   if (how == STREAM) {
     for (Int i = 0; i < rows; i++)
       for (Int v = 0; v < vectors; v++) stream((V*)(c + i * c_row + v * lanes), sum[i][v]);
@@ -191,21 +193,22 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
 
 // As many columns as `vectors` hold, for any number of rows.
 template <typename T, Int lanes, Int vectors, bool along>
-void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how, Early& early) {
+void strip(Int rows, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how, const T* offset, Early& early) {
   for_rows(rows, [=, &early](auto count, Int first) __attribute__((always_inline)) {
     tile<T, lanes, vectors, count, along>(terms, {a.data + first * a.row, a.row, a.inner}, b, c + first * c_row, c_row,
-                                          how, early);
+                                          how, offset, early);
   });
 }
 
 template <typename T, bool along>
 void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, T* c, Int c_row, Store how,
-                     Early& early) {
-#define COLUMNS(lanes, vectors)                                               \
-  for (; columns >= lanes * vectors; columns -= lanes * vectors) {            \
-    strip<T, lanes, vectors, along>(rows, terms, a, b, c, c_row, how, early); \
-    b.data += lanes * vectors;                                                \
-    c += lanes * vectors;                                                     \
+                     const T* offset, Early& early) {
+#define COLUMNS(lanes, vectors)                                                       \
+  for (; columns >= lanes * vectors; columns -= lanes * vectors) {                    \
+    strip<T, lanes, vectors, along>(rows, terms, a, b, c, c_row, how, offset, early); \
+    b.data += lanes * vectors;                                                        \
+    c += lanes * vectors;                                                             \
+    if (offset) offset += lanes * vectors;                                            \
   }
   if constexpr (WIDE == 4) {
     COLUMNS(LANES<T>, 4)
@@ -220,13 +223,14 @@ void multiply_values(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, 
 }
 
 template <typename T, typename Out>
-void multiply_words(Int, Int, Int, Terms, Left<T>, Int, Right<T>, Out*, Int, Int, Store, Early);  // in tiles.h
+void multiply_words(Int, Int, Int, Terms, Left<T>, Int, Right<T>, Out*, Int, Int, Store, const Sum<T>*,
+                    Early);  // in tiles.h
 
 // For `count` left factors, `a_step` words apart, and as many c, (rows, columns) each: c = a b, or c += a b, which
-// rounded results cannot be, or the first past the caches.
+// rounded results cannot be, or the first past the caches. `offset`, if any, is added to each row besides.
 template <typename T, typename Out>
 void multiply_lines(Int count, Int rows, Int columns, Terms terms, Left<T> a, Int a_step, Right<T> b, Out* c, Int c_row,
-                    Int c_step, Store how, Early early = {}) {
+                    Int c_step, Store how, const Sum<T>* offset = nullptr, Early early = {}) {
   if constexpr (Arithmetic<T>::values == 1) {
     const auto run = a.inner == 1 ? multiply_values<T, true> : multiply_values<T, false>;
     early.steps = count * ceil_div(rows, TALL) * ceil_div(columns, WIDE * LANES<T>) * terms.count *
@@ -236,15 +240,15 @@ void multiply_lines(Int count, Int rows, Int columns, Terms terms, Left<T> a, In
     for (Int i = 0; i < count; i++)
       for (Int row = 0; row < rows; row += together)
         run(std::min(together, rows - row), columns, terms, {a.data + i * a_step + row * a.row, a.row, a.inner}, b,
-            c + i * c_step + row * c_row, c_row, how, early);
+            c + i * c_step + row * c_row, c_row, how, offset, early);
   } else {
-    multiply_words(count, rows, columns, terms, a, a_step, b, c, c_row, c_step, how, early);
+    multiply_words(count, rows, columns, terms, a, a_step, b, c, c_row, c_step, how, offset, early);
   }
 }
 template <typename T, typename Out>
 void multiply(Int rows, Int columns, Terms terms, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,
               Early early = {}) {
-  multiply_lines<T>(1, rows, columns, terms, a, 0, b, c, c_row, 0, how, early);
+  multiply_lines<T>(1, rows, columns, terms, a, 0, b, c, c_row, 0, how, nullptr, early);
 }
 template <typename T, typename Out>
 void multiply(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, Out* c, Int c_row, Store how,

@@ -42,7 +42,7 @@ thread_local Int tile_shape = 0;
 inline void shape_tiles(Int rows, Int words) {
   if (tile_shape == rows * 2 * TILE + words) return;
   struct alignas(64) {
-    uint8_t palette, start, reserved[14];
+    uint8_t palette, offset, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
   } shape = {1, 0, {}, {}, {}};
@@ -108,12 +108,13 @@ inline void sum_tiles(Terms terms, Int words, const uint32_t* left, const uint32
   }
 }
 
-// Write sums (rows, 2 · 16) of up to 32 columns.
+// Write sums (rows, 2 · 16) of up to 32 columns, with an offset.
 template <typename Out>
-void put_sums(Int rows, Int columns, const float* sums, Out* to, Int to_row, Store how) {
+void put_sums(Int rows, Int columns, const float* sums, Out* to, Int to_row, Store how, const float* offset) {
   const __mmask16 low = lanes(columns), high = columns > TILE ? lanes(columns - TILE) : 0;
+  const __m512 one = load(offset, offset ? low : 0), other = load(offset + TILE, offset ? high : 0);
   for (Int i = 0; i < rows; i++, sums += 2 * TILE, to += to_row) {
-    __m512 first = _mm512_load_ps(sums), second = _mm512_load_ps(sums + TILE);
+    __m512 first = _mm512_load_ps(sums) + one, second = _mm512_load_ps(sums + TILE) + other;
     if constexpr (std::is_same_v<Out, bfloat16>) {
       _mm512_mask_storeu_epi16(to, low | __mmask32(high) << 16, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     } else {
@@ -132,7 +133,7 @@ void put_sums(Int rows, Int columns, const float* sums, Out* to, Int to_row, Sto
 // `count` products of the same right factor, as `multiply_lines` has them, in tiles of so many words.
 template <typename Out>
 void multiply_tiles(Int count, Int rows, Int columns, Int words, Terms terms, Left<bfloat16> a, Int a_step,
-                    Right<bfloat16> b, Out* c, Int c_row, Int c_step, Store how, Early early) {
+                    Right<bfloat16> b, Out* c, Int c_row, Int c_step, Store how, const float* offset, Early early) {
   alignas(64) float sums[2][TILE * 2 * TILE];
   // Tiles of the same height, of which the last may repeat some rows of the one before.
   const Int strips = ceil_div(rows, TILE), tall = ceil_div(rows, strips), total = count * strips;
@@ -165,7 +166,8 @@ void multiply_tiles(Int count, Int rows, Int columns, Int words, Terms terms, Le
         two_columns ? sum(std::false_type{}, std::true_type{}) : sum(std::false_type{}, std::false_type{});
       for (Int n = 0; n < 1 + two_rows; n++)
         put_sums(tall - done[n], columns - column, sums[n] + done[n] * 2 * TILE,
-                 c + line[n] * c_step + (row[n] + done[n]) * c_row + column, c_row, how);
+                 c + line[n] * c_step + (row[n] + done[n]) * c_row + column, c_row, how,
+                 offset ? offset + column : nullptr);
     }
   }
 }
@@ -180,15 +182,15 @@ struct Tiles {};
 
 template <typename Out>
 void multiply_words(Int count, Int rows, Int columns, Terms terms, Left<bfloat16> a, Int a_step, Right<bfloat16> b,
-                    Out* c, Int c_row, Int c_step, Store how, Early early) {
+                    Out* c, Int c_row, Int c_step, Store how, const float* offset, Early early) {
 #if defined(TILES)
   const bool fitting = tiles_allowed && a.inner == 1 && std::min({count, rows, columns, terms.count}) > 0;
   if (const Int words = fitting ? tile_words(terms.inner) : 0)
-    return multiply_tiles(count, rows, columns, words, terms, a, a_step, b, c, c_row, c_step, how, early);
+    return multiply_tiles(count, rows, columns, words, terms, a, a_step, b, c, c_row, c_step, how, offset, early);
 #endif
   early.steps = count * ceil_div(rows, TALL) * ceil_div(columns, 64) * terms.count * ceil_div(terms.inner, ROUND);
   for (Int i = 0; i < count; i++, a.data += a_step, c += c_step)
-    multiply_pairs(rows, columns, terms, a, b, c, c_row, how, early);
+    multiply_pairs(rows, columns, terms, a, b, c, c_row, how, offset, early);
 }
 
 #endif

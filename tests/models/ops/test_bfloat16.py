@@ -72,7 +72,7 @@ def run(compute, operands, upstream=None):
 
 
 def assert_no_further_from(truth, ours, others):
-    for name, *values in zip(("output", "α or x", "cells or kernels", "x"), truth, ours, others):  # noqa: B905
+    for name, *values in zip(("output", "α or x", "cells or kernels", "x", "bias"), truth, ours, others):  # noqa: B905
         exact, found, other = (value.double() for value in values)
         assert found.isfinite().all(), name
         errors = [(value - exact).norm() / exact.norm() for value in (found, other)]
@@ -85,17 +85,18 @@ def assert_no_further_from(truth, ours, others):
 def test_it_is_no_further_from_the_truth_than_whole_kernels(threads, name, count, last):
     threads(count)
     partition, geometry, (alpha, cells, x) = made(name)
-    alpha, x = alpha.detach().bfloat16(), x.detach().bfloat16()
+    alpha, x, bias = alpha.detach().bfloat16(), x.detach().bfloat16(), torch.randn(partition.kernel[0])
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
 
     def compute(implementation):
-        return lambda *operands: mixed_conv(*operands, partition, geometry, implementation)
+        return lambda alpha, cells, x, bias: mixed_conv(alpha, cells, x, partition, geometry, implementation, bias)
 
-    truth, upstream = run(compute("grouped"), [alpha.double(), cells, x.double()])
-    ours, _ = run(compute("native"), [alpha, cells.float(), x], upstream)
-    others, _ = run(compute("grouped"), [alpha, cells.float(), x], upstream)
-    assert [value.dtype for value in ours] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    truth, upstream = run(compute("grouped"), [alpha.double(), cells, x.double(), bias.double()])
+    ours, _ = run(compute("native"), [alpha, cells.float(), x, bias], upstream)
+    others, _ = run(compute("grouped"), [alpha, cells.float(), x, bias], upstream)
+    half, single = torch.bfloat16, torch.float32
+    assert [value.dtype for value in ours] == [half, half, single, half, single]
     assert last or ours[0].is_contiguous()
     assert_no_further_from(truth, ours, others)
 
@@ -167,9 +168,11 @@ def test_products_of_another_type(images, products, cell):
     alpha = torch.randn(3, partition.mixtures, 18).to(images)
     kept = torch.randn(blocks, cell[0], 18, 9 * 76).to(products)
     x = torch.randn(3, 76, 9, 8).to(images, memory_format=torch.channels_last)
-    y = native_folded_conv(alpha, kept, x, partition, geometry)
+    bias = torch.randn(70)
+    y = native_folded_conv(alpha, kept, x, partition, geometry, bias)
     assert y.dtype == images
     exact = native_folded_conv(*(t.double() for t in (alpha, kept, x)), partition, geometry)
+    exact += bias[:, None, None]
     assert (y - exact).norm() < (1e-6 if images == torch.float32 else 6e-3) * exact.norm()
 
 
@@ -199,13 +202,14 @@ def test_gradients_of_many_cells():
 
 
 def test_operators_are_well_formed():
-    _, _, (alpha, cells, x) = made("parts")
+    partition, _, (alpha, cells, x) = made("parts")
     alpha = alpha.detach().bfloat16().unflatten(1, (9, 1, 2)).transpose(1, 2).flatten(2, 3)
     cells, x = cells.detach().float(), x.detach().bfloat16().to(memory_format=torch.channels_last)
     window = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1]
-    y = native.convolve(alpha, cells.transpose(0, 1), x, window, False)
+    bias = torch.randn(partition.kernel[0])
+    y = native.convolve(alpha, cells.transpose(0, 1), x, bias, window, False)
     grad = torch.randn(y.shape).bfloat16()
-    torch.library.opcheck(native.convolve, (alpha, cells.transpose(0, 1), x, window, False))
+    torch.library.opcheck(native.convolve, (alpha, cells.transpose(0, 1), x, bias, window, False))
     torch.library.opcheck(native.gradient_of_x, (grad, alpha, cells, x, window, None))
     torch.library.opcheck(native.gradients_of_mixing, (grad, alpha, cells, x, window))
     torch.library.opcheck(mean, (x,))

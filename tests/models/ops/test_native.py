@@ -42,11 +42,14 @@ def forgotten(monkeypatch, tmp_path):
 
 
 def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
-    def run(implementation):
-        return mixed_conv(*leaves, partition, geometry, implementation)
+    bias = torch.randn(partition.kernel[0], dtype=leaves[2].dtype, requires_grad=True)
 
-    names = ("alpha", "cells", "x")
-    assert_parity(lambda: run("native"), lambda: run("grouped"), dict(zip(names, leaves, strict=True)), tolerance)
+    def run(implementation):
+        return mixed_conv(*leaves, partition, geometry, implementation, bias)
+
+    names = ("alpha", "cells", "x", "bias")
+    named = dict(zip(names, [*leaves, bias], strict=True))
+    assert_parity(lambda: run("native"), lambda: run("grouped"), named, tolerance)
 
 
 @needs_compiler
@@ -148,13 +151,13 @@ def test_operators_are_well_formed():
     window = [1, 3, 3, 1, 2, 1, 0, 0, 2, 1, 1, 2]
     arguments = alpha, cells.detach(), x, window
     y = mixed_conv(*convolution("unequal")[2], partition, geometry, "native")
-    convolved = alpha, cells.detach().transpose(0, 1), x, window, False
+    convolved = alpha, cells.detach().transpose(0, 1), x, None, window, False
     torch.testing.assert_close(native.convolve(*convolved), y)
     for operator, operands in (
         (native.convolve, convolved),
         (native.gradient_of_x, (torch.randn_like(y), *arguments, None)),
         (native.gradients_of_mixing, (torch.randn_like(y), *arguments)),
-        (native.convolve, (alpha, torch.randn(6, 5, 36).double(), x, window, True)),
+        (native.convolve, (alpha, torch.randn(6, 5, 36).double(), x, torch.randn(6).double(), window, True)),
     ):
         torch.library.opcheck(operator, operands)
 
