@@ -106,6 +106,19 @@ def test_registers_where_there_are_tiles(threads, registers, name):
     test_it_is_no_further_from_the_truth_than_whole_kernels(threads, name, 3, True)
 
 
+def test_tiles_are_taken_where_there_are_some(registers):
+    """They sum in another order, which the gradient of the cells shows, being in single precision."""
+    torch.manual_seed(0)
+    window = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+    alpha, cells = torch.randn(2, 1, 9, 40).bfloat16(), torch.randn(40, 64, 32, 1, 1)
+    grad, x = torch.randn(2, 64, 9, 8).bfloat16(), torch.randn(2, 32, 9, 8).bfloat16()
+    _, in_registers = native.gradients_of_mixing(grad, alpha, cells, x, window)
+    assert use_tiles()
+    _, in_tiles = native.gradients_of_mixing(grad, alpha, cells, x, window)
+    assert not torch.equal(in_registers, in_tiles)
+    assert (in_registers - in_tiles).norm() < 1e-2 * in_tiles.norm()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_depthwise_convolutions_are_no_further_from_the_truth_than_grouped_ones(case):
     operands, arguments = leaves(case, 75)
