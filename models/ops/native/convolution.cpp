@@ -145,8 +145,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
                 const T* image = x + unit / p.blocks_out * p.image_in() + channel;
                 const Pixels<T> pixels(image, p.channels_in(), p.blocks_in, channels, p.cin);
                 const Sum<T>* offset = bias && last_channels ? bias + unit % p.blocks_out * p.cout + row : nullptr;
-                const Kernels<T> kernels = {turned.data,  columns, row_length, p.blocks_in * turned_size,
-                                            turned_size, offset};
+                const Int tap = p.blocks_in * turned_size;
+                const Kernels<T> kernels = {turned.data, columns, row_length, tap, turned_size, offset};
                 if (direct) {
                   apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
                 } else {

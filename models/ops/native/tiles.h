@@ -42,7 +42,7 @@ thread_local Int tile_shape = 0;
 inline void shape_tiles(Int rows, Int words) {
   if (tile_shape == rows * 2 * TILE + words) return;
   struct alignas(64) {
-    uint8_t palette, offset, reserved[14];
+    uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
   } shape = {1, 0, {}, {}, {}};
