@@ -4,13 +4,11 @@
 // are put together from rows, whose own length is filled up to whole registers.
 #pragma once
 
-#include "product.h"
+#include "registers.h"
 
 struct bfloat16 {
   uint16_t bits;
 };
-
-namespace {
 
 template <>
 struct Arithmetic<bfloat16> {
@@ -18,6 +16,8 @@ struct Arithmetic<bfloat16> {
   using Sum = float;
   static constexpr Int values = 2;
 };
+
+namespace {
 
 // Some neighbours, as they are summed.
 template <Int lanes, typename T>
@@ -57,59 +57,6 @@ inline __m256i load(const bfloat16* from, __mmask16 mask) { return _mm256_maskz_
 inline void store(float* to, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(to, mask, values); }
 inline void store(bfloat16* to, __mmask16 mask, __m512 values) {
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-template <typename Out, Int vectors, Int rows>
-inline __attribute__((always_inline)) void tile(Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                                                __mmask16 last, Store how, const float* offset, Early& early) {
-  const auto mask = [=](Int v) { return v < vectors - 1 ? __mmask16(0xffff) : last; };
-  __m512 sum[rows][vectors];
-  for (Int i = 0; i < rows; i++)
-    for (Int v = 0; v < vectors; v++) {
-      sum[i][v] = _mm512_setzero_ps();
-      if constexpr (std::is_same_v<Out, float>)
-        if (how == ADD) sum[i][v] = load(c + i * c_row + v * 16, mask(v));
-    }
-  for (Int t = 0; t < terms.count; t++) {
-    const uint32_t *left = a.data + terms.data[t].left, *right = b.data + terms.data[t].right;
-    for (Int k = 0; k < terms.inner; k++, left += a.inner, right += b.inner) {
-      __m512bh value[vectors];
-      for (Int v = 0; v < vectors; v++) value[v] = (__m512bh)_mm512_loadu_si512(right + v * 16);
-      if (k % ROUND == 0) early.ask();
-      for (Int i = 0; i < rows; i++) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(left[i * a.row]);
-        for (Int v = 0; v < vectors; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], value[v], pair);
-      }
-    }
-  }
-  if (offset)
-    for (Int v = 0; v < vectors; v++)
-      for (Int i = 0; i < rows; i++) sum[i][v] += load(offset + v * 16, mask(v));
-  if constexpr (std::is_same_v<Out, float>)
-    if (how == STREAM) {
-      for (Int i = 0; i < rows; i++)
-        for (Int v = 0; v < vectors; v++) stream((__m512*)(c + i * c_row + v * 16), sum[i][v]);
-      return;
-    }
-  for (Int i = 0; i < rows; i++)
-    for (Int v = 0; v < vectors; v++) store(c + i * c_row + v * 16, mask(v), sum[i][v]);
-}
-
-template <typename Out>
-void multiply_pairs(Int rows, Int columns, Terms terms, Left<bfloat16> a, Right<bfloat16> b, Out* c, Int c_row,
-                    Store how, const float* offset, Early& early) {
-  const auto strip = [&](auto vectors) {
-    const __mmask16 last = lanes(columns - (vectors - 1) * 16);
-    for_rows(rows, [=, &early](auto count, Int first) __attribute__((always_inline)) {
-      const Left<bfloat16> left = {a.data + first * a.row, a.row, a.inner};
-      tile<Out, vectors, count>(terms, left, b, c + first * c_row, c_row, last, how, offset, early);
-    });
-  };
-  for (; columns > 48; columns -= 64, b.data += 64, c += 64, offset += offset ? 64 : 0)
-    strip(std::integral_constant<Int, 4>{});
-  if (columns > 32) return strip(std::integral_constant<Int, 3>{});
-  if (columns > 16) return strip(std::integral_constant<Int, 2>{});
-  if (columns > 0) return strip(std::integral_constant<Int, 1>{});
 }
 
 // Two rows side by side: the first value of one, the first of the other, the second of one, …

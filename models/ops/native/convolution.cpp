@@ -7,10 +7,6 @@
 // Images are channels last. "Units" are pairs (sample, block of output channels), "parts" pairs (tap, block of input
 // channels); one unit and part are one mixture. `kernel_warehouse/native.py` says what the tensors hold.
 
-#include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "axis.h"
 #include "gradients.h"
 #include "mixing.h"
@@ -244,14 +240,6 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
 }
 
 }  // namespace
-
-// Ask the system for the tiles of AMX, and use them from now on where that is granted and `wanted`.
-extern "C" int allow_tiles(int wanted) {
-#if defined(TILES)
-  tiles_allowed = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* of tiles */) == 0;
-#endif
-  return tiles_allowed;
-}
 
 #define EXPORT_CONVOLVE(name, T, C)                                                                                  \
   extern "C" void name##_##T(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x,              \

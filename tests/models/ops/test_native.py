@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.native import NativeError, can_run, library
+from kernelwarehouse.models.ops.native.build import built
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
 from .convolutions import CONVOLUTIONS, convolution, needs_compiler
@@ -221,17 +223,37 @@ def test_auto_says_that_it_is_missing(forgotten, monkeypatch):
     assert chosen in ("kernels", "streamed")
 
 
-def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatch, tmp_path):
-    """A compiler that writes half of its output and fails."""
-    compiler = tmp_path / "half"
-    compiler.write_text(
-        '#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "error: no space left" >&2\nexit 1\n'
-    )
+def compiler_that(tmp_path, monkeypatch, *lines):
+    """Make a script the compiler; its output, `$last`, is there already."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("\n".join(["#!/bin/sh", 'for last; do :; done; echo half > "$last"', *lines]))
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+
+
+@pytest.mark.parametrize("stage", ["-c", "-shared"])
+def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatch, tmp_path, stage):
+    fail = f'case " $* " in *" {stage} "*) echo "error: no space left" >&2; exit 1;; esac'
+    compiler_that(tmp_path, monkeypatch, fail)
     with pytest.raises(NativeError, match="no space left"):
         library()
     assert not list(forgotten.iterdir())
+
+
+def test_who_needs_it_at_the_same_time_waits_for_one_that_compiles(forgotten, monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    compiler_that(tmp_path, monkeypatch, f'sleep 0.2; echo "$*" >> {log}')
+
+    def find():
+        with built() as path:
+            return path, path.read_text()
+
+    with ThreadPoolExecutor() as pool:
+        (path, content), *others = [found.result() for found in [pool.submit(find) for _ in range(4)]]
+    assert path.parent == forgotten
+    assert content == "half\n"
+    assert others == [(path, content)] * 3
+    assert log.read_text().count("-shared") == 1
 
 
 @needs_compiler
