@@ -7,66 +7,12 @@
 // Images are channels last. "Units" are pairs (sample, block of output channels), "parts" pairs (tap, block of input
 // channels); one unit and part are one mixture. `kernel_warehouse/native.py` says what the tensors hold.
 
-#include "axis.h"
 #include "gradients.h"
-#include "mixing.h"
+#include "whole.h"
 
 namespace {
 
 constexpr Int KERNELS = 512 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
-constexpr Int SMALL = 24 << 10;  // bytes of kernels that stay in the first-level cache
-
-// Kernels as a right factor: `columns` of them, whose rows, taps and blocks of rows begin so many words apart; and an
-// offset, or none, for what they make of a pixel.
-template <typename T>
-struct Kernels {
-  const Word<T>* data;
-  Int columns, row, tap, block;
-  const Sum<T>* offset;
-};
-
-// Pixels to read: their size, and `blocks` of `channels` each, in words that are a number of them apart.
-template <typename T>
-struct Pixels {
-  const Word<T>* data;
-  Int size, blocks, channels, block;
-
-  Pixels(const T* values, Int size, Int blocks, Int channels, Int block)
-      : data((const Word<T>*)values), size(words<T>(size)), blocks(blocks), channels(words<T>(channels)),
-        block(words<T>(block)) {}
-};
-
-// Sum what pixels of an image, from one line to another, read through the taps of a kernel; `room` is for the terms.
-template <typename T, typename Out>
-void apply(const Lines& lines, Int first_line, Int last_line, Pixels<T> from, Kernels<T> kernels, Out* to, Int to_size,
-           Store how, Term* room) {
-  const Axis &depth = lines.depth, &height = lines.height, &width = lines.width;
-  for (Int d = 0; d < depth.count; d++)
-    for (Int i = 0; i < height.runs; i++) {
-      const Int h = std::max(height.run[i].first, first_line - d * height.count);
-      const Int last_h = std::min(height.run[i].last, last_line - d * height.count);
-      for (Int j = 0; j < width.runs && h < last_h; j++) {
-        const Int w = width.run[j].first, last_w = width.run[j].last;
-        Terms terms = {room, 0, from.channels};
-        lines.for_taps(depth.run_of(d), height.run[i], width.run[j], [&](const Tap& d, const Tap& h, const Tap& w) {
-          const Int pixel = lines.ahead(d, h, w) * from.size, tap = lines.number(d, h, w) * kernels.tap;
-          for (Int block = 0; block < from.blocks; block++)
-            room[terms.count++] = {pixel + block * from.block, tap + block * kernels.block};
-        });
-        // The rows of the product are neighbours along the longer side.
-        const bool across = last_w - w >= last_h - h;
-        const Int first = across ? h : w, last = across ? last_h : last_w, rows = across ? last_w - w : last_h - h;
-        const Int row = across ? width.step : height.step * lines.read_size[2];
-        const Int to_row = across ? width.stride : height.stride * lines.size[2];
-        const Int step = across ? height.step * lines.read_size[2] : width.step;
-        const Int to_step = across ? height.stride * lines.size[2] : width.stride;
-        const Left<T> a = {from.data + lines.read(d, h, w) * from.size, row * from.size, 1};
-        multiply_lines<T>(last - first, rows, kernels.columns, terms, a, step * from.size, {kernels.data, kernels.row},
-                          to + lines.pixel(d, h, w) * to_size, to_row * to_size, to_step * to_size, how,
-                          kernels.offset);
-      }
-    }
-}
 
 // A number of parts of a whole, at most twice and at most `most`, with which `each` times as many tasks are shared
 // out evenly among threads.
@@ -77,6 +23,7 @@ Int balanced(Int parts, Int each, Int threads, Int most) {
 
 template <typename T, typename C>
 void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, const T* x, const Sum<T>* bias, T* y) {
+  if (mixes_whole<T>(p, threads)) return convolve_whole(p, threads, alpha, cells, x, bias, y);
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), wanted = 2 * threads;
   // Small kernels are applied whole to a large image, which is read once; those of narrow blocks side by side.
@@ -121,6 +68,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
           const Int first_unit = groups * unit_part / unit_parts * side;
           const Int last = groups * (unit_part + 1) / unit_parts * side;
           const Int line = lines.count * line_part / line_parts, last_line = lines.count * (line_part + 1) / line_parts;
+          const Span span = {line, last_line, 0, lines.width.count};
           const auto output = [&](Int unit) {
             return y + unit / p.blocks_out * p.image_out() + unit % p.blocks_out * p.cout + row;
           };
@@ -144,10 +92,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
                 const Int tap = p.blocks_in * turned_size;
                 const Kernels<T> kernels = {turned.data, columns, row_length, tap, turned_size, offset};
                 if (direct) {
-                  apply<T>(lines, line, last_line, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
+                  apply<T>(lines, span, pixels, kernels, output(unit), p.channels_out(), how, terms.data);
                 } else {
                   Sum<T>* summed = &sums[(unit - first_unit) * p.pixels() * rows];
-                  apply<T>(lines, line, last_line, pixels, kernels, summed, columns, how, terms.data);
+                  apply<T>(lines, span, pixels, kernels, summed, columns, how, terms.data);
                 }
               }
             }
@@ -216,16 +164,16 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
             const Pixels<T> pixels(grad + sample * p.image_out() + row, p.channels_out(), p.blocks_out, rows, p.cout);
             for (Int phase = 0; phase < phases; phase++) {
               const Lines lines(p, phase);
+              const Span span = {0, lines.count, 0, lines.width.count};
               for (Int block = 0; block < p.blocks_in; block++) {
                 const Int number = sample * p.blocks_in + block;
                 const Kernels<T> these = {kernels.data + block * kernel_size, channels, kernels.inner,
                                           p.blocks_in * kernel_size, parts * kernel_size,
                                           each && last_rows ? each + number * p.cin + channel : nullptr};
                 if (direct) {
-                  apply<T>(lines, 0, lines.count, pixels, these, input(sample, block), p.channels_in(), how,
-                           terms.data);
+                  apply<T>(lines, span, pixels, these, input(sample, block), p.channels_in(), how, terms.data);
                 } else {
-                  apply<T>(lines, 0, lines.count, pixels, these, summed(sample, block), channels, how, terms.data);
+                  apply<T>(lines, span, pixels, these, summed(sample, block), channels, how, terms.data);
                 }
               }
             }

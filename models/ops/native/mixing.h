@@ -7,6 +7,7 @@
 namespace {
 
 constexpr Int MIXTURES = 80;  // that a row of the cells is read for: it stays in a cache; twice as many in tiles
+constexpr Int FEW = 3;  // mixtures that leave registers for twice as many columns
 constexpr Int FAR = 8 << 20;  // bytes that are too many to be in a cache when they are read again
 constexpr Int PAD = 16;  // between kernels: at powers of two they would share few lines of the caches
 
@@ -74,6 +75,27 @@ struct Coefficients {
   }
 };
 
+// c = a b for few rows: reads the right factor as it lies, at the pace of memory.
+template <Int rows, typename T>
+void multiply_few(Int columns, Int inner, Left<T> a, Right<T> b, T* c, Int c_row) {
+  for_columns<T, 2 * WIDE>(0, columns, [=](auto lanes, auto vectors, Int column) __attribute__((always_inline)) {
+    using V = Vector<T, lanes>;
+    V sum[rows][vectors] = {};
+    const T* right = b.data + column;
+    for (Int k = 0; k < inner; k++, right += b.inner)
+      for (Int v = 0; v < vectors; v++)
+        for (Int i = 0; i < rows; i++) sum[i][v] += a.data[i * a.row + k] * *(const V*)(right + v * lanes);
+    for (Int i = 0; i < rows; i++)
+      for (Int v = 0; v < vectors; v++) *(V*)(c + i * c_row + column + v * lanes) = sum[i][v];
+  });
+}
+template <typename T>
+void multiply_few(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, T* c, Int c_row) {
+  if (rows == 1) multiply_few<1>(columns, inner, a, b, c, c_row);
+  if (rows == 2) multiply_few<2>(columns, inner, a, b, c, c_row);
+  if (rows == 3) multiply_few<3>(columns, inner, a, b, c, c_row);
+}
+
 // Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Cells are
 // asked for while those before are mixed.
 template <typename T, typename C>
@@ -81,14 +103,21 @@ void mix_shared(const Problem& p, const Coefficients<T>& alpha, const C* cells, 
                 Int channel, Int channels, T* out, Int size, Word<T>* room) {
   const Int mixtures = count * p.parts();
   const Left<T> a = {alpha.data + unit * p.parts() * alpha.row, alpha.row, 1};
-  for (Int r = row; r < row + rows; r++, out += channels)
+  for (Int r = row; r < row + rows; r++, out += channels) {
+    const C* own = cells + r * p.cells * p.cin + channel;
+    if constexpr (std::is_same_v<Word<T>, C>)
+      if (mixtures <= FEW) {
+        multiply_few<T>(mixtures, channels, p.cells, a, {own, p.cin}, out, size);
+        continue;
+      }
     for (Int from = 0; from < channels; from += STRIP<T>) {
       const Int columns = std::min(STRIP<T>, channels - from);
-      const C *first = cells + r * p.cells * p.cin + channel + from;
-      const C *next = from + columns < channels ? first + columns : first - from + p.cells * p.cin;
+      const C* first = own + from;
+      const C* next = from + columns < channels ? first + columns : own + p.cells * p.cin;
       const Right<T> b = right_factor<T>(p.cells, columns, first, p.cin, room);
       multiply<T>(mixtures, columns, alpha.row, a, b, out + from, size, WRITE, {next, p.cells, p.cin, columns});
     }
+  }
 }
 
 // The same where each mixture has cells of its own.
@@ -102,6 +131,11 @@ void mix_folded(const Problem& p, const Coefficients<T>& alpha, const C* cells, 
       const Left<T> a = {alpha.data + mixture * alpha.row, p.folded * parts * alpha.row, 1};
       const C *first = cells + (r * p.cells * parts + part) * p.cin + channel, *next_part = first + p.cin;
       if (part == parts - 1) next_part += (p.cells - 1) * parts * p.cin;
+      if constexpr (std::is_same_v<Word<T>, C>)
+        if (count <= FEW) {
+          multiply_few<T>(count, channels, p.cells, a, {first, parts * p.cin}, out + part * size, parts * size);
+          continue;
+        }
       for (Int from = 0; from < channels; from += STRIP<T>) {
         const Int columns = std::min(STRIP<T>, channels - from);
         const C* next = from + columns < channels ? first + from + columns : next_part;

@@ -67,12 +67,13 @@ inline void fence() {
 #endif
 }
 
-// Run work(lanes, registers, column) for as many columns at a time as some registers hold.
-template <typename T, typename Work>
-void for_columns(Int first, Int last, Work work) {
+// Run work(lanes, registers, column) for as many columns at a time as `most` registers hold, or fewer.
+template <typename T, Int most = WIDE, typename Work>
+inline __attribute__((always_inline)) void for_columns(Int first, Int last, Work work) {
 #define COLUMNS(lanes, vectors)                                     \
   for (; first + lanes * vectors <= last; first += lanes * vectors) \
     work(std::integral_constant<Int, lanes>{}, std::integral_constant<Int, vectors>{}, first);
+  if constexpr (most > WIDE) COLUMNS(LANES<T>, most)
   COLUMNS(LANES<T>, WIDE)
   COLUMNS(LANES<T>, 1)
   if constexpr (LANES<T> > 4) COLUMNS(4, 1)

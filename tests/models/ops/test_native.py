@@ -70,7 +70,13 @@ def test_parity(threads, name, count):
         ((70, 75, 3, 3), (35, 75, 1, 1), 37, (9, 8), 3),  # several parts of rows and of channels
         ((33, 21, 7, 7), (33, 7, 1, 1), 3, (8, 5), 2),  # more mixtures of one sample than are mixed at once
         ((6, 5, 1, 1), (2, 5, 1, 1), 50, (3, 1), 61),  # samples in many groups
-        ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # one sample, whose lines are shared out
+        ((16, 16, 7, 7), (16, 16, 1, 1), 2, (30, 40), 2),  # few samples, whose lines are shared out
+        ((24, 16, 3, 3), (8, 16, 1, 1), 5, (9, 7), 4),  # the kernels of narrow blocks are applied side by side
+        ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # kernels are mixed first; then pixels are shared out
+        ((120, 80, 1, 1), (24, 80, 1, 1), 5, (6, 5), 1),  # blocks that are not in one panel
+        ((24, 80, 3, 1), (8, 80, 1, 1), 5, (6, 5), 2),  # nor narrow ones
+        ((10, 83, 1, 1), (10, 83, 1, 1), 7, (3, 4), 1),  # one mixture, in as many registers as there are
+        ((10, 203, 1, 1), (5, 203, 1, 1), 7, (3, 4), 1),  # and two
         ((4, 6, 2, 3, 2), (2, 3, 1, 1, 1), 9, (4, 5, 3), 2),  # a volume
         ((4, 6, 3, 3, 3), (2, 3, 1, 1, 1), 9, (1, 1, 1), 2),  # most taps read nothing
         ((130, 3, 5, 5), (130, 3, 1, 1), 4, (9, 11), 2),  # few input channels: the gradient of the kernels is turned
@@ -80,7 +86,26 @@ def test_parity(threads, name, count):
         ((128, 128, 3, 3), (128, 128, 1, 1), 150, (4, 3), 10),  # and are added to by more mixtures
         ((128, 100, 1, 1), (128, 100, 1, 1), 200, (4, 3), 2),  # or they do not, where rows are no whole registers
     ],
-    ids=["parts", "taps", "samples", "lines", "volume", "voxel", "stem", "narrow", "image", "far", "farther", "odd"],
+    ids=[
+        "parts",
+        "taps",
+        "samples",
+        "lines",
+        "side",
+        "pixels",
+        "panels",
+        "across",
+        "one",
+        "two",
+        "volume",
+        "voxel",
+        "stem",
+        "narrow",
+        "image",
+        "far",
+        "farther",
+        "odd",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch, dtype):
