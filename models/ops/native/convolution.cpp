@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr Int KERNELS = 512 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
+constexpr Int KERNELS = 640 << 10, KERNELS_BACKWARD = 768 << 10;  // bytes for a thread's kernels
 
 // A number of parts of a whole, at most twice and at most `most`, with which `each` times as many tasks are shared
 // out evenly among threads.

@@ -31,7 +31,7 @@ struct Panels {
     return &room[((sample * count + panel) * p.parts() + number) * part];
   }
 
-  // Turn rows of a kernel, (rows, cin), into columns. Where later ones follow by the same thread, others may be written.
+  // Turn rows of a kernel, (rows, cin), into columns; into whole registers if the same thread puts what follows, later.
   void put(const Problem& p, Int sample, Int number, Int column, Int rows, const T* from, bool same_thread) const {
     for (Int done = 0; done < rows;) {
       const Int at_column = (column + done) % width, some = std::min(rows - done, width - at_column);
