@@ -75,7 +75,7 @@ struct Coefficients {
   }
 };
 
-// c = a b for few rows: reads the right factor as it lies, at the pace of memory.
+// c = a b for few rows: reads the right factor as it lies, at the pace of memory; `multiply` does too much besides.
 template <Int rows, typename T>
 void multiply_few(Int columns, Int inner, Left<T> a, Right<T> b, T* c, Int c_row) {
   for_columns<T, 2 * WIDE>(0, columns, [=](auto lanes, auto vectors, Int column) __attribute__((always_inline)) {

@@ -1,4 +1,4 @@
-// The convolution with kernels so few that all are mixed before they are applied. Threads share the rows of cells first,
+// The convolution with kernels so few that all are mixed before they are applied. Threads share the rows of cells,
 // then pixels and output channels.
 #pragma once
 
@@ -56,7 +56,7 @@ void convolve_whole(const Problem& p, Int threads, const T* alpha, const C* cell
 #pragma omp parallel num_threads(threads)
   {
     const Tiles tiles;
-    Buffer<T> mixed(units * parts * (ROUND * p.cin + PAD));
+    Buffer<T> mixed(units * parts * (std::min(ROUND, p.cout) * p.cin + PAD));
     Buffer<Word<T>> cell_words(cell_room<T, C>(p));
     Buffer<Term> terms(parts);
 #pragma omp for schedule(static)

@@ -73,8 +73,8 @@ def test_parity(threads, name, count):
         ((16, 16, 7, 7), (16, 16, 1, 1), 2, (30, 40), 2),  # few samples, whose lines are shared out
         ((24, 16, 3, 3), (8, 16, 1, 1), 5, (9, 7), 4),  # the kernels of narrow blocks are applied side by side
         ((16, 16, 1, 1), (16, 16, 1, 1), 2, (40, 50), 1),  # kernels are mixed first; then pixels are shared out
-        ((120, 80, 1, 1), (24, 80, 1, 1), 5, (6, 5), 1),  # blocks that are not in one panel
-        ((24, 80, 3, 1), (8, 80, 1, 1), 5, (6, 5), 2),  # nor narrow ones
+        ((120, 80, 1, 1), (20, 80, 1, 1), 5, (6, 5), 1),  # blocks of which some lie in two panels
+        ((72, 80, 3, 1), (12, 80, 1, 1), 5, (6, 5), 2),  # and narrow ones
         ((10, 83, 1, 1), (10, 83, 1, 1), 7, (3, 4), 1),  # one mixture, in as many registers as there are
         ((10, 203, 1, 1), (5, 203, 1, 1), 7, (3, 4), 1),  # and two
         ((4, 6, 2, 3, 2), (2, 3, 1, 1, 1), 9, (4, 5, 3), 2),  # a volume
