@@ -15,6 +15,8 @@ namespace {
 constexpr Int GRADIENTS = 384 << 10;  // bytes for a thread's gradients of kernels
 constexpr Int GATHERED = 640 << 10;  // bytes of an image's rows that are brought together
 constexpr Int PIXELS = 128;  // that are summed over at once, and stay in the first-level cache for all rows
+template <typename T>
+constexpr Int SPAN = 2 * STRIP<T>;  // channels of a task: cells are read that many values at a time
 
 // Memory for `correlate`.
 template <typename T>
@@ -142,7 +144,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
                          Sum<T>* grad_alpha, Sum<T>* grad_cells) {
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
-  const Parts all_channels = {p.cin, ceil_div(p.cin, STRIP<T>), LANES<T>};
+  const Parts all_channels = {p.cin, ceil_div(p.cin, SPAN<T>), LANES<T>};
   const Int channel_parts = all_channels.count, most = all_channels.most();
   const bool turned = !tiled<T>() && p.cin < 2 * LANES<T> && p.cin < p.cout;  // registers would hold few channels
   // Of fewer units more rows fit, so that images are read less often, but cells more often. Both cost about the same

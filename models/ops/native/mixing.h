@@ -154,64 +154,84 @@ struct Parts {
   Int most() const { return std::min(ceil_div(ceil_div(total, unit), count) * unit, total); }
 };
 
-// Memory for `unmix`: factors as words, cells rounded and turned.
+// Memory for `unmix`: factors as words, cells rounded, what is turned, and gradients of α that lie by cells.
 template <typename T>
 struct Unmixing {
   Buffer<Word<T>> paired, coefficients, kernels, turned;
   Buffer<T> rounded;
+  Buffer<Sum<T>> by_cells;
 
   Unmixing(const Problem& p, Int mixtures, Int channels)
       : paired(PAIRED<T> ? filled<T>(mixtures) * round_up(p.cells) : 0),
-        coefficients(PAIRED<T> ? p.cells * round_up(filled<T>(mixtures)) : 0),
+        coefficients(p.cells * round_up(filled<T>(mixtures))),
         kernels(PAIRED<T> ? filled<T>(mixtures) * round_up(channels) : 0),
-        turned(words<T>(channels) * round_up(p.cells)), rounded(PAIRED<T> ? p.cells * channels : 0) {
+        turned(std::max(words<T>(channels), mixtures) * round_up(p.cells)),
+        rounded(PAIRED<T> ? p.cells * channels : 0), by_cells(PAIRED<T> ? 0 : p.cells * mixtures) {
     std::fill_n(turned.data, words<T>(channels) * round_up(p.cells), Word<T>(0));
   }
 };
 
-// α (mixtures, cells) as a left factor (cells, mixtures).
+// α (mixtures, cells) as a left factor (cells, mixtures), of which what is summed over lies together.
 template <typename T>
 Left<T> coefficients_of_cells(const Problem& p, const Word<T>* alpha, Int row, Int mixtures, const Unmixing<T>& room) {
+  const Int length = filled<T>(mixtures), to_row = round_up(length);
   if constexpr (PAIRED<T>) {
-    const Int length = filled<T>(mixtures), to_row = round_up(length);
     const auto paired = right_factor<T>(mixtures, p.cells, (const T*)alpha, row * 2, room.paired.data);
     transpose(length, p.cells, paired.data, paired.inner, room.coefficients.data, to_row, to_row);
-    return {room.coefficients.data, to_row, 1};
   } else {
-    return {alpha, 1, row};
+    transpose(mixtures, p.cells, alpha, row, room.coefficients.data, to_row, to_row);
   }
+  return {room.coefficients.data, to_row, 1};
 }
 
 // The adjoint of mixing: from gradients of kernels (mixtures, rows, channels), `size` values apart, to those of α,
-// which are added to, and of the cells. Cells and their gradients are in far memory: the next row's are asked for early.
+// which are added to, and of the cells. Cells and their gradients are in far memory: of the next row's cells each of
+// the two products asks for half.
 template <typename T>
 void unmix(const Problem& p, const Word<T>* alpha, Int alpha_row, const Sum<T>* cells, const T* kernels, Int mixtures,
            Int rows, Int channels, Int size, Store how, const Unmixing<T>& room, Sum<T>* grad_alpha,
            Sum<T>* grad_cells) {
   const Int padded = round_up(p.cells), row = p.cells * p.cin, together = PAIRED<T> ? 32 : 2 * TALL;
-  const Right<T> turned = {room.turned.data, padded};
   const Left<T> coefficients = coefficients_of_cells<T>(p, alpha, alpha_row, mixtures, room);
+  // One factor of α's gradient has to be turned: kernels, if they are fewer than cells, and fill registers then.
+  const bool turns_kernels = !PAIRED<T> && mixtures % (2 * LANES<T>) == 0 && mixtures < p.cells;
   for (Int r = 0; r < rows; r++, kernels += channels, cells += row, grad_cells += row) {
     const Right<T> received = right_factor<T>(mixtures, channels, kernels, size, room.kernels.data);
-    for (Int cell = 0; cell < p.cells; cell += together) {
-      const Int few = std::min(together, p.cells - cell), at = cell * p.cin;
-      if (how != STREAM) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
-      multiply<T>(few, channels, filled<T>(mixtures),
-                  {coefficients.data + cell * coefficients.row, coefficients.row, coefficients.inner}, received,
-                  grad_cells + at, p.cin, how);
-    }
     if constexpr (PAIRED<T>) {
       round_rows(p.cells, channels, cells, p.cin, room.rounded.data, channels);
       turn(p.cells, channels, room.rounded.data, channels, room.turned.data, padded, padded);
-    } else {
-      turn(p.cells, channels, cells, p.cin, room.turned.data, padded, padded);
+    } else if (turns_kernels) {
+      turn(mixtures, channels, kernels, size, room.turned.data, mixtures, mixtures);
     }
     for (Int cell = 0; cell < p.cells; cell += STRIP<T>) {
-      const Early next(cells + row + cell * p.cin, std::min(STRIP<T>, p.cells - cell), p.cin, channels);
+      const Int strip = std::min(STRIP<T>, p.cells - cell), half = strip / 2;
+      const Sum<T>*own = cells + cell * p.cin, *next = own + row;
+      for (Int i = 0; i < strip; i += together) {
+        const Int few = std::min(together, strip - i), at = (cell + i) * p.cin;
+        const Left<T> left = {coefficients.data + (cell + i) * coefficients.row, coefficients.row, 1};
+        if (how != STREAM) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
+        multiply<T>(few, channels, filled<T>(mixtures), left, received, grad_cells + at, p.cin, how,
+                    {next + i / 2 * p.cin, (i + few) / 2 - i / 2, p.cin, channels});
+      }
+      const Early early(next + half * p.cin, strip - half, p.cin, channels);
+      if constexpr (!PAIRED<T>) {
+        if (turns_kernels) {
+          multiply<T>(strip, mixtures, channels, {own, p.cin, 1}, {room.turned.data, mixtures},
+                      &room.by_cells[cell * mixtures], mixtures, r > 0 ? ADD : WRITE, early);
+          continue;
+        }
+        turn(strip, channels, own, p.cin, room.turned.data + cell, padded, padded - cell);
+      }
       multiply<T>(mixtures, std::min(STRIP<T>, padded - cell), words<T>(channels),
-                  {(const Word<T>*)kernels, words<T>(size), 1}, {turned.data + cell, padded}, grad_alpha + cell, padded,
-                  ADD, next);
+                  {(const Word<T>*)kernels, words<T>(size), 1}, {room.turned.data + cell, padded}, grad_alpha + cell,
+                  padded, ADD, early);
     }
+  }
+  if constexpr (!PAIRED<T>) {
+    if (!turns_kernels) return;
+    transpose(p.cells, mixtures, room.by_cells.data, mixtures, room.turned.data, padded, padded);
+    for (Int i = 0; i < mixtures; i++)
+      for (Int k = 0; k < p.cells; k++) grad_alpha[i * padded + k] += room.turned[i * padded + k];
   }
 }
 

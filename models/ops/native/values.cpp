@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void tile(Terms terms, Left<T> a, Right<T>
       early.ask();
       if constexpr (along) {
         for (Int i = 0; i < rows; i++) __builtin_prefetch(left + (rows + i) * a.row);
-        if (k < rows * LINE<T>)
+        if (k < rows * LINE<T> && how != STREAM)
           for (Int v = 0; v < vectors; v++) __builtin_prefetch(c + (rows + k / LINE<T>) * c_row + v * lanes, 1);
       }
       for (Int i = std::min(LINE<T>, terms.inner - k); i > 0; i--) add();

@@ -85,6 +85,8 @@ def test_parity(threads, name, count):
         ((128, 128, 3, 3), (128, 128, 1, 1), 150, (4, 3), 2),  # gradients of many cells go past the caches
         ((128, 128, 3, 3), (128, 128, 1, 1), 150, (4, 3), 10),  # and are added to by more mixtures
         ((128, 100, 1, 1), (128, 100, 1, 1), 200, (4, 3), 2),  # or they do not, where rows are no whole registers
+        ((61, 384, 1, 1), (61, 384, 1, 1), 95, (4, 3), 5),  # cells are read in longer pieces for the input's gradient
+        ((70, 150, 1, 1), (35, 75, 1, 1), 45, (5, 4), 8),  # kernels fill registers when turned, in place of cells
     ],
     ids=[
         "parts",
@@ -105,6 +107,8 @@ def test_parity(threads, name, count):
         "far",
         "farther",
         "odd",
+        "pieces",
+        "turned",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
