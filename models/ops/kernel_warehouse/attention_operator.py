@@ -59,26 +59,26 @@ def attend_at_once(attention: Attention, x: Tensor, temperature: Tensor) -> tupl
         temperature: τ, a scalar tensor.
     """
     assignment = attention.assignment
-    if torch.is_grad_enabled() or x.is_cuda or not _is_whole(attention):
+    if torch.is_grad_enabled() or x.is_cuda or not is_whole(attention):
         pooled, x = pool(x)
         weight, bias = attention._modules["fc2"]._parameters.values()
         compute = _Coefficients.apply if torch.is_grad_enabled() else coefficients
         return compute(attention.hidden(pooled).to(weight.dtype), weight, bias, assignment, temperature), x
-    return _attention(x, *_parameters(attention), assignment, temperature), x
+    return _whole(attention, x, temperature), x
 
 
 def folded_at_once(attention: Attention, x: Tensor) -> Tensor:
     """The coefficients s [h; 1] of a folded layer (see `folded`), (B, m, r + 1); arguments as `attend_at_once`."""
-    return _attention(x, *_parameters(attention), None, None)
+    return _whole(attention, x, None)
 
 
 def folds_at_once(attention: Attention, x: Tensor) -> bool:
     """Whether `folded_at_once` can compute what the module would, and nobody is looking at it."""
-    return attends_at_once(attention, x) and _is_whole(attention)
+    return attends_at_once(attention, x) and is_whole(attention)
 
 
-def _is_whole(attention: Attention) -> bool:
-    """Whether all of it can be computed at once."""
+def is_whole(attention: Attention) -> bool:
+    """Whether all of one that `attends_at_once` can be computed at once, in inference."""
     return not attention._modules["norm"].training and hides_plainly(attention)
 
 
@@ -91,12 +91,13 @@ def hides_plainly(attention: Attention) -> bool:
     return batch or type(norm) is nn.LayerNorm
 
 
-def _parameters(attention: Attention) -> tuple[Tensor | float | None, ...]:
-    """What the operator takes of a whole attention."""
+def parameters_of(attention: Attention, temperature: Tensor | None) -> list[Tensor | None]:
+    """What the operator takes of an attention that `is_whole`; without τ, for a folded layer."""
     fc1, norm, fc2 = (attention._modules[name] for name in ("fc1", "norm", "fc2"))
     running = norm._buffers.get("running_mean"), norm._buffers.get("running_var")  # a LayerNorm has none
     first, last = (layer._parameters.values() for layer in (fc1, fc2))
-    return *first, *running, *norm._parameters.values(), norm.eps, *last, attention.mixtures
+    held = None if temperature is None else attention.assignment
+    return [*first, *running, *norm._parameters.values(), *last, held, temperature]
 
 
 def _hooks(module: nn.Module) -> dict:
@@ -127,16 +128,16 @@ def _coefficients_on_gpu(
 ) -> Tensor:
     from . import fused_attention  # which needs Triton
 
-    _check_fit(weight, hidden.shape[1], *assignment.shape)
+    _check_logits(weight.shape, hidden.shape[1], *assignment.shape)
     return fused_attention.coefficients(hidden, weight, bias, assignment, temperature)
 
 
 @operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu)
 def coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
     """α (B, m, n) from h (B, r), the logits' weights (m · (n + 1), r) and bias, β (m, n) and τ."""
-    _check_fit(weight, hidden.shape[1], *assignment.shape)
+    _check_logits(weight.shape, hidden.shape[1], *assignment.shape)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
-    operands = _laid_out((hidden, weight, bias, assignment, temperature), hidden.dtype)
+    operands = laid_out((hidden, weight, bias, assignment, temperature), hidden.dtype)
     call("coefficients", (_sizes(hidden, alpha), EPSILON), (*operands, alpha))
     return alpha
 
@@ -160,7 +161,7 @@ def coefficients_gradients(
     """Those of h, the weights and the bias, given that of α."""
     _, grad_weight, grad_bias = _empty_gradients(grad, hidden, weight, bias, temperature)
     grad_hidden = hidden.new_zeros(torch.get_num_threads(), *hidden.shape)
-    operands = _laid_out((grad, hidden, weight, bias, temperature), hidden.dtype)
+    operands = laid_out((grad, hidden, weight, bias, temperature), hidden.dtype)
     call("coefficients_gradients", (_sizes(hidden, grad), EPSILON), (*operands, grad_hidden, grad_weight, grad_bias))
     return grad_hidden.sum(0), grad_weight, grad_bias
 
@@ -169,64 +170,57 @@ def _sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return attention_sizes((hidden.shape[0], 1), True, hidden.shape[1], *alpha.shape[1:])
 
 
-def _empty_result(
-    x: Tensor,
-    weight1: Tensor,
-    _bias1: Tensor | None,
-    _mean: Tensor | None,
-    _variance: Tensor | None,
-    _scale: Tensor,
-    _shift: Tensor,
-    _norm_eps: float,
-    weight2: Tensor,
-    _bias2: Tensor,
-    mixtures: int,
-    assignment: Tensor | None,
-    _temperature: Tensor | None,
-) -> Tensor:
+def _empty_result(x: Tensor, parameters: Sequence[Tensor | None], _norm_eps: float, mixtures: int) -> Tensor:
+    weight1, weight2, assignment = parameters[0], parameters[6], parameters[8]
     length = weight1.shape[0] + 1 if assignment is None else weight2.shape[0] // mixtures - 1
     return x.new_empty(x.shape[0], mixtures, length, dtype=sum_type(x.dtype))
 
 
 @operator("attention", fake=_empty_result)
-def _attention(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    norm_eps: float,
-    weight2: Tensor,
-    bias2: Tensor,
-    mixtures: int,
-    assignment: Tensor | None,
-    temperature: Tensor | None,
-) -> Tensor:
-    """α (B, mixtures, n); without an assignment and a temperature s [h; 1], (B, mixtures, r + 1)."""
-    width, channels = weight1.shape
-    if channels != x.shape[1]:
-        raise ValueError(f"an attention for {channels} channels got {x.shape[1]}")
+def _attention(x: Tensor, parameters: Sequence[Tensor | None], norm_eps: float, mixtures: int) -> Tensor:
+    """α (B, mixtures, n); without an assignment and a temperature s [h; 1], (B, mixtures, r + 1).
+
+    The parameters are weights and bias of FC1; the norm's mean and variance, or none, scale and shift; weights and bias
+    of FC2; β and τ, or none.
+    """
+    weight1, _, mean, *_, weight2, _, assignment, _ = parameters
     cells = weight2.shape[0] // mixtures - 1 if assignment is None else assignment.shape[1]
-    _check_fit(weight2, width, mixtures, cells)
-    result = x.new_empty(x.shape[0], mixtures, width + 1 if assignment is None else cells, dtype=sum_type(x.dtype))
+    check_fit(weight1.shape, weight2.shape, (mixtures, cells), x.shape[1])
+    result = _empty_result(x, parameters, norm_eps, mixtures)
     x, channels_last = in_either_layout(x)
-    sizes = attention_sizes(x.shape, channels_last, width, mixtures, cells, mean is None)
-    operands = weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature
-    call("attention", (sizes, norm_eps, EPSILON), (x, *_laid_out(operands, result.dtype), result))
+    sizes = attention_sizes(x.shape, channels_last, weight1.shape[0], mixtures, cells, mean is None)
+    call("attention", (sizes, norm_eps, EPSILON), (x, *laid_out(parameters, result.dtype), result))
     return result
 
 
-def _check_fit(weight: Tensor, width: int, mixtures: int, cells: int) -> None:
-    if weight.shape != (mixtures * (cells + 1), width):
+def _whole(attention: Attention, x: Tensor, temperature: Tensor | None) -> Tensor:
+    return _attention(x, parameters_of(attention, temperature), attention._modules["norm"].eps, attention.mixtures)
+
+
+def check_fit(
+    weight1: Sequence[int], weight2: Sequence[int], assignment: Sequence[int], channels: int
+) -> tuple[int, int]:
+    """Return m and n if weights of those shapes, and β (m, n), are of an attention for so many channels.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if weight1[1] != channels:
+        raise ValueError(f"an attention for {weight1[1]} channels got {channels}")
+    mixtures, cells = assignment
+    _check_logits(weight2, weight1[0], mixtures, cells)
+    return mixtures, cells
+
+
+def _check_logits(weight: Sequence[int], width: int, mixtures: int, cells: int) -> None:
+    if tuple(weight) != (mixtures * (cells + 1), width):
         raise ValueError(
-            f"weights {tuple(weight.shape)} do not give {mixtures} mixtures logits for {cells} cells and the zero cell "
+            f"weights {tuple(weight)} do not give {mixtures} mixtures logits for {cells} cells and the zero cell "
             f"from a hidden vector of {width}"
         )
 
 
-def _laid_out(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+def laid_out(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """As the library reads them."""
     # Nearly always they are so already, and asking costs a tenth of converting.
     return [

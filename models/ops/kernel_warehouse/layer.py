@@ -1,6 +1,6 @@
 """KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from .attention_operator import attend_at_once, attends_at_once
 from .folded import fold_products, folded_conv, folded_kernels
 from .mixed_conv import IMPLEMENTATIONS, computing_type, mixed_conv, resolve, supports
 from .mixing import cut, mix
-from .native_layer import native_layer, trains_at_once
+from .native_inference import infers_at_once, native_inference
+from .native_training import native_training, trains_at_once
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
@@ -98,19 +99,25 @@ class KWLayer(nn.Module):
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
-        if self._trains_at_once(x):
+        if compute := self._at_once(x):
             temperature = self.warehouses.temperature
-            return native_layer(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
+            return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
         alpha, x = self._attend(x)
         return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation, self.bias)
 
-    def _trains_at_once(self, x: Tensor) -> bool:
-        return (
-            trains_at_once(self.attention, x, self.partition, self.geometry)
+    def _at_once(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """What computes all of the layer for x, if anything does."""
+        if torch.is_grad_enabled():
+            fits, compute = trains_at_once, native_training
+        else:
+            fits, compute = infers_at_once, native_inference
+        can = (
+            fits(self.attention, x, self.partition, self.geometry)
             and attends_at_once(self.attention, x, self.implementation)
             and computing_type(x) == x.dtype
-            and resolve(self.implementation, self.partition, self.geometry, len(self.cells), x) == "native"
+            and resolve(self.implementation, self.partition, self.geometry, self.cells.shape[0], x) == "native"
         )
+        return compute if can else None
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, attention_operator, set_implementation
+from kernelwarehouse.models.ops.kernel_warehouse import layer as layers
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.native import mean
 
@@ -174,6 +175,7 @@ class TestWhereItIsTaken:
         seen = []
         run = attention_operator._attention
         monkeypatch.setattr(attention_operator, "_attention", lambda *a: seen.append(1) or run(*a))
+        monkeypatch.setattr(layers, "infers_at_once", lambda *_: False)
         set_implementation(layer, implementation)
         with torch.no_grad():
             layer(x)
@@ -306,14 +308,13 @@ def test_it_keeps_less_for_the_backward_pass_than_torch_does():
 def test_operators_are_well_formed():
     attention = attention_of().eval()
     x, tau = images_of(attention, (7, 5), True), torch.tensor(0.3).double()
-    fc1, norm, fc2 = attention.fc1, attention.norm, attention.fc2
-    first = fc1.weight.detach(), fc1.bias
-    middle = norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach(), norm.eps
-    last = fc2.weight.detach(), fc2.bias.detach(), attention.assignment, tau
-    for held in (last[2:], (None, None)):
-        operands = x, *first, *middle, *last[:2], attention.mixtures, *held
+    for temperature in (tau, None):
+        parameters = attention_operator.parameters_of(attention, temperature)
+        parameters = [value if value is None else value.detach() for value in parameters]
+        operands = x, parameters, attention.norm.eps, attention.mixtures
         torch.library.opcheck(attention_operator._attention, operands)
-    hidden = torch.randn(3, fc1.out_features).double()
+    last = attention.fc2.weight.detach(), attention.fc2.bias.detach(), attention.assignment, tau
+    hidden = torch.randn(3, attention.fc1.out_features).double()
     torch.library.opcheck(attention_operator.coefficients, (hidden, *last))
     grad = torch.randn(3, *attention.assignment.shape).double()
     torch.library.opcheck(attention_operator.coefficients_gradients, (grad, hidden, *last[:2], tau))

@@ -19,8 +19,8 @@ LEFT = {"conv2d-nonlocal", "conv1d-circular", "whole-kernel-cells"}  # to two fu
 @pytest.fixture
 def taken(monkeypatch):
     """How often a layer was computed at once."""
-    calls, run = [], layers.native_layer
-    monkeypatch.setattr(layers, "native_layer", lambda *operands: calls.append(1) or run(*operands))
+    calls, run = [], layers.native_training
+    monkeypatch.setattr(layers, "native_training", lambda *operands: calls.append(1) or run(*operands))
     return calls
 
 

@@ -24,10 +24,9 @@ from .partition import Partition
 
 
 def trains_at_once(attention: Attention, x: Tensor, partition: Partition, geometry: Geometry) -> bool:
-    """Whether `native_layer` can compute a layer that `attends_at_once` and whose convolution is to be "native"."""
+    """Whether `native_training` can compute a layer that `attends_at_once` and whose convolution is to be "native"."""
     return (
-        torch.is_grad_enabled()
-        and x.requires_grad
+        x.requires_grad
         and not torch.compiler.is_compiling()
         and hides_plainly(attention)
         and geometry.pads_evenly
@@ -35,7 +34,7 @@ def trains_at_once(attention: Attention, x: Tensor, partition: Partition, geomet
     )
 
 
-def native_layer(
+def native_training(
     attention: Attention,
     cells: Tensor,
     x: Tensor,
@@ -111,7 +110,7 @@ class _Depthwise(NamedTuple):
 
 
 class _Layer(torch.autograd.Function):
-    """`native_layer`; autograd records the hidden vector by itself, since its norm may have statistics of the batch."""
+    """`native_training`; autograd records the hidden vector by itself, since its norm may have statistics of the batch."""
 
     @staticmethod
     def forward(
