@@ -110,7 +110,7 @@ class _Depthwise(NamedTuple):
 
 
 class _Layer(torch.autograd.Function):
-    """`native_training`; autograd records the hidden vector by itself, since its norm may have statistics of the batch."""
+    """`native_training`; autograd records the hidden vector, since its norm may have statistics of the batch."""
 
     @staticmethod
     def forward(
