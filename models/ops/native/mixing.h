@@ -8,6 +8,7 @@ namespace {
 
 constexpr Int MIXTURES = 80;  // that a row of the cells is read for: it stays in a cache; twice as many in tiles
 constexpr Int FEW = 3;  // mixtures that leave registers for twice as many columns
+constexpr Int THIN = 16;  // mixtures that are rounded to bfloat16 sooner than the cells would be
 constexpr Int FAR = 8 << 20;  // bytes that are too many to be in a cache when they are read again
 constexpr Int PAD = 16;  // between kernels: at powers of two they would share few lines of the caches
 
@@ -96,20 +97,42 @@ void multiply_few(Int rows, Int columns, Int inner, Left<T> a, Right<T> b, T* c,
   if (rows == 3) multiply_few<3>(columns, inner, a, b, c, c_row);
 }
 
+// One row of kernels, of cells as they are.
+template <typename T>
+void mix_row(Int mixtures, Int channels, const Problem& p, Left<T> a, const T* cells, T* out, Int size) {
+  if (mixtures <= FEW) return multiply_few<T>(mixtures, channels, p.cells, a, {cells, p.cin}, out, size);
+  for (Int from = 0; from < channels; from += STRIP<T>) {
+    const Int columns = std::min(STRIP<T>, channels - from);
+    const T *first = cells + from, *next = from + columns < channels ? first + columns : cells + p.cells * p.cin;
+    multiply<T>(mixtures, columns, p.cells, a, {first, p.cin}, out + from, size, WRITE, {next, p.cells, p.cin, columns});
+  }
+}
+
 // Kernels (count · parts, rows, channels) of some units, `size` values apart; `room` is for words of cells. Cells are
-// asked for while those before are mixed.
+// asked for while those before are mixed. A thin α is mixed in the precision of the cells.
 template <typename T, typename C>
 void mix_shared(const Problem& p, const Coefficients<T>& alpha, const C* cells, Int unit, Int count, Int row, Int rows,
                 Int channel, Int channels, T* out, Int size, Word<T>* room) {
   const Int mixtures = count * p.parts();
   const Left<T> a = {alpha.data + unit * p.parts() * alpha.row, alpha.row, 1};
+  if constexpr (PAIRED<T> && std::is_same_v<C, Sum<T>>)
+    if (mixtures <= THIN) {
+      const Int length = round_up(p.cells), mixed_size = round_up(channels);
+      const Buffer<C> wide(mixtures * length), mixed(mixtures * mixed_size);
+      for (Int i = 0; i < mixtures; i++) widen_row(p.cells, (const T*)(a.data + i * a.row), &wide[i * length]);
+      for (Int r = row; r < row + rows; r++, out += channels) {
+        const C* own = cells + r * p.cells * p.cin + channel;
+        mix_row<C>(mixtures, channels, p, {wide.data, length, 1}, own, mixed.data, mixed_size);
+        round_rows(mixtures, channels, mixed.data, mixed_size, out, size);
+      }
+      return;
+    }
   for (Int r = row; r < row + rows; r++, out += channels) {
     const C* own = cells + r * p.cells * p.cin + channel;
-    if constexpr (std::is_same_v<Word<T>, C>)
-      if (mixtures <= FEW) {
-        multiply_few<T>(mixtures, channels, p.cells, a, {own, p.cin}, out, size);
-        continue;
-      }
+    if constexpr (std::is_same_v<Word<T>, C>) {
+      mix_row<T>(mixtures, channels, p, a, own, out, size);
+      continue;
+    }
     for (Int from = 0; from < channels; from += STRIP<T>) {
       const Int columns = std::min(STRIP<T>, channels - from);
       const C* first = own + from;

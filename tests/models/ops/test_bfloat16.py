@@ -136,7 +136,7 @@ def test_depthwise_convolutions_are_no_further_from_the_truth_than_grouped_ones(
 
 def test_networks_under_autocast_are_no_further_from_the_truth():
     errors = {"auto": 0.0, "grouped": 0.0}
-    for seed in range(4):
+    for seed in range(24):  # of one network the errors of two ways differ by a factor of up to 3
         torch.manual_seed(seed)
         net = build_model("configs/mobilenetv2_050/kw1x_mobilenetv2_050.json", nb_classes=10)
         x = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
@@ -149,7 +149,7 @@ def test_networks_under_autocast_are_no_further_from_the_truth():
                 set_implementation(net, implementation)
                 with torch.autocast("cpu", torch.bfloat16):
                     errors[implementation] += ((net(x) - expected).norm() / expected.norm()).item()
-    assert errors["auto"] <= 1.25 * errors["grouped"]
+    assert errors["auto"] <= 1.2 * errors["grouped"]
 
 
 def test_a_network_of_bfloat16():
