@@ -107,7 +107,7 @@ def _plan(
 
 
 def _plan_of(
-    x: Tensor, parameters: Sequence[Tensor | None], cell: Sequence[int] | None, window: Sequence[int]
+    x: Tensor, parameters: Sequence[Tensor | None], cell: tuple[int, int] | None, window: Sequence[int]
 ) -> _Plan:
     weight1, weight2, assignment = parameters[0], parameters[6], parameters[8]
     weights = weight1.shape, weight2.shape
@@ -136,12 +136,11 @@ def _layer(
     bias: Tensor | None,
     window: Sequence[int],
 ) -> Tensor:
-    """Of `attend`'s parameters, cells by output channel (cout, n, cin, *ones), and a `window_of` the kernel."""
+    """Of `parameters_of` an attention, cells by output channel (cout, n, cin, *ones), and a `window_of` the kernel."""
     plan = _plan_of(x, parameters, (rows.shape[0], rows.shape[2]), window)
     function = "layer_rounded" if rows.dtype == torch.bfloat16 else "layer"
-    return _call(
-        function, plan, x, parameters, norm_eps, rows.contiguous(), None if bias is None else bias.contiguous()
-    )
+    bias = None if bias is None else bias.contiguous()
+    return _call(function, plan, x, parameters, norm_eps, rows.contiguous(), bias)
 
 
 def _like_depthwise(

@@ -117,9 +117,9 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
   const Int parts = p.parts(), phases = Lines::phases(p);
   const bool half = WIDE == 4 && p.blocks_out * parts / p.blocks_in * p.cout <= 128;  // writing is most of the work
   // Far cells are read in longer pieces, if all threads have the same to do then.
-  const bool far = p.cells * p.cout * p.cin * Int(sizeof(Sum<T>)) > FAR && p.cin % (2 * STRIP<T> * threads) == 0;
+  const bool far = p.cells * p.cout * p.cin * Int(sizeof(Sum<T>)) > FAR && p.cin % (SPAN<T> * threads) == 0;
   const Int wanted = (far ? 1 : 2) * threads;
-  Int width = std::min(p.cin, far ? 2 * STRIP<T> : STRIP<T> / (half ? 2 : 1));
+  Int width = std::min(p.cin, far ? SPAN<T> : STRIP<T> / (half ? 2 : 1));
   while (p.batch * ceil_div(p.cin, width) < wanted && width > LANES<T>) width = ceil_div(width, 2);
   const Parts all_channels = {p.cin, ceil_div(p.cin, width), LANES<T>};
   const Int channel_parts = all_channels.count, mixtures = p.blocks_out * parts;

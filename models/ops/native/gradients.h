@@ -15,8 +15,6 @@ namespace {
 constexpr Int GRADIENTS = 384 << 10;  // bytes for a thread's gradients of kernels
 constexpr Int GATHERED = 640 << 10;  // bytes of an image's rows that are brought together
 constexpr Int PIXELS = 128;  // that are summed over at once, and stay in the first-level cache for all rows
-template <typename T>
-constexpr Int SPAN = 2 * STRIP<T>;  // channels of a task: cells are read that many values at a time
 
 // Memory for `correlate`.
 template <typename T>

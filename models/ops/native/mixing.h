@@ -28,6 +28,8 @@ template <typename T>
 constexpr bool PAIRED = Arithmetic<T>::values > 1;
 template <typename T>
 constexpr Int STRIP = WIDE * LANES<T>;  // columns of a product that are computed together
+template <typename T>
+constexpr Int SPAN = 2 * STRIP<T>;  // channels of cells in far memory that are read together
 
 // Rows as a right factor: where they lie, or as words in `room`, filled up with rows of zeros.
 template <typename T, typename S>
