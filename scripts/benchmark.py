@@ -37,7 +37,7 @@ from kernelwarehouse import ConfigError, KWConfig, set_implementation
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import fold_
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS
+from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 
 TOLERANCE = 1e-9
 SWEEPS = {
@@ -247,7 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=_positive(int), nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     add("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
     add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
-    names = [*(name for name in IMPLEMENTATIONS if name != "grouped"), *FOLDED]
+    names = [*(name for name in NAMES if name != "grouped"), *FOLDED]
     add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
     modes = ("default", "reduce-overhead", "max-autotune")
     text = "compile every network by torch.compile; a GPU captures graphs of its kernels with reduce-overhead"

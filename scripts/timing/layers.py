@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, KWLinear
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, KWLinear
+from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose, computing_type, supports
 from kernelwarehouse.models.ops.native import can_run
 
@@ -24,7 +25,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def names(device: torch.device) -> tuple[str, ...]:
     """The implementations that are worth timing on a device."""
-    return tuple(name for name in IMPLEMENTATIONS if name != "naive" and (name != "fused" or device.type == "cuda"))
+    return tuple(name for name in NAMES if name != "naive" and (name != "fused" or device.type == "cuda"))
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Layer:
 
     def chosen(self) -> str:
         """The implementation that "auto" takes."""
-        return choose(self.module.partition, self.module.geometry, len(self.module.cells), self.images.to(self.dtype))
+        module, images = self.module, self.images.to(self.dtype)
+        return choose(module.partition, module.geometry, len(module.cells), images, module.attention.fc1.out_features)
 
     def can_try(self, name: str) -> bool:
         """Whether an implementation, or "folded", exists for the layer, and writes no more than `MOST_BYTES`."""
@@ -75,6 +77,7 @@ class Layer:
         written = {
             "streamed": 0,
             "native": 0,
+            "chained": 2 * (self.module.attention.fc1.out_features + 2) * kernel,
             "folded": (self.module.attention.fc1.out_features + 1) * kernel,
             "inputs": batch * partition.grid[-2] * n * math.prod(partition.cell[1:]) * self.positions,
         }.get(name, batch * kernel)
@@ -188,7 +191,7 @@ def table(layers: Sequence[Layer]) -> str:
 
 def _auto_and_best(layer: Layer) -> tuple[float | None, float]:
     """Seconds of what "auto" takes, None if it was not tried, and of the fastest that it could take."""
-    return layer.seconds.get(layer.chosen()), min(layer.seconds[n] for n in IMPLEMENTATIONS if n in layer.seconds)
+    return layer.seconds.get(layer.chosen()), min(layer.seconds[n] for n in NAMES if n in layer.seconds)
 
 
 def _total(layers: Sequence[Layer], seconds: Sequence[float | None]) -> float | None:

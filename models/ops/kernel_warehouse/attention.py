@@ -10,6 +10,7 @@ from ..exporting import exporting
 from ..native import can_run, mean
 
 EPSILON = 1e-3
+LEAST_HIDDEN = 16
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,21 +136,26 @@ class Attention(nn.Module):
         bias = self.basis_bias if self.num_basis else self.fc2.bias
         bias.copy_(F.pad(self.assignment, (0, 1)).flatten())
 
+    def is_linear(self) -> bool:
+        """Whether torch's own linear layers make the logits, so that their weights are all that there is to know."""
+        layers = (self.fc2, self.fc3) if self.num_basis else (self.fc2,)
+        return all(type(layer).forward is nn.Linear.forward for layer in layers)
+
     def hidden(self, pooled: Tensor) -> Tensor:
         """h = ReLU(Norm(FC1(mean of x over space))): (B, C) → (B, hidden)."""
         return F.relu(self.norm(self.fc1(pooled)))
 
-    def logits(self, h: Tensor) -> Tensor:
-        """z: (B, hidden) → (B, m, n + 1)."""
-        z = self.fc2(h)
+    def logits(self, h: Tensor, offset: bool = True) -> Tensor:
+        """z, with what it has where h is 0 or without: (B, hidden) → (B, m, n + 1)."""
         if not self.num_basis:
+            z = self.fc2(h) if offset else F.linear(h, self.fc2.weight)
             return z.reshape(-1, self.mixtures, self.num_cells + 1)
-        z = z.reshape(h.shape[0], self.mixtures, -1)
+        z = self.fc2(h).reshape(h.shape[0], self.mixtures, -1)
         local, basis, zero = z.split([len(self.own_cells), self.num_basis, 1], dim=2)
         others = self.fc3(basis)
         start = self.own_cells.start
         z = torch.cat([others[..., :start], local, others[..., start:], zero], dim=2)
-        return z + self.basis_bias.to(z.dtype).reshape(self.mixtures, -1)
+        return z + self.basis_bias.to(z.dtype).reshape(self.mixtures, -1) if offset else z
 
     @staticmethod
     def total(z: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ class Attention(nn.Module):
 
 def hidden_width(in_channels: int, reduction: float) -> int:
     """Width of the attention's hidden layer."""
-    return max(int(in_channels * reduction), 16)
+    return max(int(in_channels * reduction), LEAST_HIDDEN)
 
 
 def basis_size(nonlocal_cells: int, ratio: float) -> int:

@@ -35,7 +35,7 @@ def attends_at_once(attention: Attention, x: Tensor, implementation: str = "auto
         and not attention.num_basis
         and _is_plain(fc2)
         and fc2.weight.dtype == sum_type(x.dtype)
-        and not (_has_any_global_hook() or _hooks(attention))
+        and not has_hooks(attention)
     )
 
 
@@ -98,6 +98,11 @@ def parameters_of(attention: Attention, temperature: Tensor | None) -> list[Tens
     first, last = (layer._parameters.values() for layer in (fc1, fc2))
     held = None if temperature is None else attention.assignment
     return [*first, *running, *norm._parameters.values(), *last, held, temperature]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for a module to be called."""
+    return bool(_has_any_global_hook() or _hooks(module))
 
 
 def _hooks(module: nn.Module) -> dict:

@@ -31,6 +31,7 @@ class Factors:
         native: A multiply-add of the native convolution.
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
+        single: Mixing one value of a kernel, besides its multiply-adds, where each mixture is a product of its own.
         column: Copying one value into the columns of streaming.
         kernel: Ordering one value of a kernel for the grouped convolution, while the batch's kernels fit in the cache.
         far_kernel: The same when they do not.
@@ -44,6 +45,7 @@ class Factors:
     native: float = 1.0
     thin: float = 1.2
     tile: float = 20
+    single: float = 30
     column: float = 60
     kernel: float = 14
     far_kernel: float = 60
@@ -58,6 +60,7 @@ FACTORS = {
     "cuda": Factors(
         grouped=10.0,
         tile=400,
+        single=100,
         column=400,
         kernel=800,
         far_kernel=800,
@@ -67,12 +70,14 @@ FACTORS = {
 }
 
 
-def cheapest(names: Sequence[str], partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
+def cheapest(
+    names: Sequence[str], partition: Partition, geometry: Geometry, num_cells: int, x: Tensor, hidden: int = 0
+) -> str:
     """The one of these implementations that has the least `costs` for images x (B, Cin, *spatial)."""
     # A compiler looks through the cache, and would say so.
     find = _cheapest.__wrapped__ if torch.compiler.is_compiling() else _cheapest
     layout = x.element_size(), x.stride(1) == 1, x.device.type
-    return find(tuple(names), partition, geometry, num_cells, tuple(x.shape), *layout)
+    return find(tuple(names), partition, geometry, num_cells, tuple(x.shape), hidden, *layout)
 
 
 @functools.lru_cache(1024)
@@ -82,14 +87,16 @@ def _cheapest(
     geometry: Geometry,
     num_cells: int,
     shape: tuple[int, ...],
+    hidden: int,
     itemsize: int,
     channels_last: bool,
     device: str,
 ) -> str:
     factors = FACTORS.get(device, FACTORS["cuda"])
     positions = math.prod(geometry.output_size(shape[2:], partition.kernel[2:]))
-    layout = {"groups": geometry.groups, "channels_last": channels_last}
-    estimates = costs(partition, num_cells, shape[0], positions, itemsize, factors, **layout)
+    estimates = costs(
+        partition, num_cells, shape[0], positions, itemsize, factors, geometry.groups, channels_last, hidden
+    )
     best = names[0]
     for name in names:  # by comparisons, which a compiler can guard where sizes are symbols
         if estimates[name] < estimates[best]:
@@ -106,6 +113,7 @@ def costs(
     factors: Factors,
     groups: int = 1,
     channels_last: bool = True,
+    hidden: int = 0,
 ) -> dict[str, float]:
     """Cost of one sample by each implementation.
 
@@ -118,6 +126,7 @@ def costs(
         factors: Of the device.
         groups: Of the convolution.
         channels_last: Whether channels lie together in memory, as tiles read them, or positions, as whole kernels do.
+        hidden: r, the width of the attention's hidden vector, if "chained" is to be among them.
 
     Returns:
         Multiply-adds of a large product, by name.
@@ -132,17 +141,22 @@ def costs(
     ordering = factors.kernel if fits else factors.far_kernel
     whole = factors.thin if taps == 1 else factors.grouped
     read = inputs if taps > 1 else 0  # a 1×1 kernel reads any layout
+    streaming = factors.thin * positions + factors.tile
+    around = factors.column * columns + factors.activation * (0 if channels_last else read)
     mixed_inputs = blocks_out * num_cells * math.prod(partition.cell[1:]) * positions
-    return {
+    estimates = {
         "kernels": kernel * (mixing + ordering + whole * positions)
         + factors.activation * (read + outputs if channels_last else 0),
-        "streamed": kernel * (mixing + factors.thin * positions + factors.tile)
-        + factors.column * columns
-        + factors.activation * (0 if channels_last else read),
+        "streamed": kernel * (mixing + streaming) + around,
         "native": kernel * factors.native * (num_cells + positions)
         + factors.activation * (0 if channels_last else inputs + outputs),
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
+    if hidden:
+        rows = hidden + 2
+        once = rows * num_cells / batch
+        estimates["chained"] = kernel * (once + factors.thin * rows + factors.single + streaming) + around
+    return estimates
 
 
 def folding_saves(

@@ -5,24 +5,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..exporting import exporting
 from ..geometry import Geometry, Padding
-from .attention import EPSILON, Attention, pool
+from .attention import EPSILON, LEAST_HIDDEN, Attention, pool
 from .attention_operator import attend_at_once, attends_at_once
+from .chained import chained_conv, chains
 from .folded import fold_products, folded_conv, folded_kernels
-from .mixed_conv import IMPLEMENTATIONS, computing_type, mixed_conv, resolve, supports
+from .mixed_conv import CHAINED, IMPLEMENTATIONS, choose, computing_type, mixed_conv, resolve, supports
 from .mixing import cut, mix
 from .native_inference import infers_at_once, native_inference
 from .native_training import native_training, trains_at_once
 from .partition import Partition, assign
 from .warehouse import Warehouses
 
+NAMES = (*IMPLEMENTATIONS, CHAINED)
+
 
 class KWLayer(nn.Module):
     """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
 
     Attributes:
-        implementation: "auto" takes what costs least for the sizes at hand; a name in `mixed_conv.IMPLEMENTATIONS`
-            forces that one.
+        implementation: "auto" takes what costs least for the sizes at hand; a name in `NAMES` forces that one.
         products: Attention and cells as one product, in a folded layer; None elsewhere.
 
     Args:
@@ -99,11 +102,23 @@ class KWLayer(nn.Module):
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
-        if compute := self._at_once(x):
+        compute = chained_conv if self._chains(x) else self._at_once(x)
+        if compute:
             temperature = self.warehouses.temperature
             return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
         alpha, x = self._attend(x)
         return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation, self.bias)
+
+    def _chains(self, x: Tensor) -> bool:
+        """Whether attention and cells are multiplied first, for all of a batch."""
+        if self.implementation != CHAINED:
+            # It makes a row for each hidden value, where otherwise there is one for each sample.
+            if self.implementation != "auto" or exporting() or x.shape[0] <= LEAST_HIDDEN:
+                return False
+            hidden = self.attention.fc1.out_features
+            if choose(self.partition, self.geometry, self.cells.shape[0], x, hidden) != CHAINED:
+                return False
+        return chains(self.attention, self.partition, self.geometry)
 
     def _at_once(self, x: Tensor) -> Callable[..., Tensor] | None:
         """What computes all of the layer for x, if anything does."""
@@ -141,12 +156,15 @@ class KWLayer(nn.Module):
             dtype: Type in which the products are kept; the cells' by default.
 
         Raises:
-            ValueError: A layer in training mode, at a temperature, or whose cells cannot be streamed.
+            ValueError: A layer in training mode, at a temperature, whose cells cannot be streamed, or
+                whose attention was changed.
         """
         if self.training or self.warehouses.temperature.item() != 0:
             raise ValueError("only a trained layer can be folded: in evaluation mode, at temperature 0")
         if not supports("streamed", self.partition, self.geometry):
             raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be folded")
+        if not self.attention.is_linear():
+            raise ValueError("an attention whose logits come from other layers than torch's Linear cannot be folded")
         self.products = fold_products(self.attention, self.cells, self.partition).to(dtype or self.cells.dtype)
         self.warehouses.folded = True
         self._owner = ()
@@ -198,13 +216,13 @@ def set_implementation(model: nn.Module, implementation: str) -> None:
 
     Args:
         model: A converted network, or a module that contains one.
-        implementation: "auto", or a name in `mixed_conv.IMPLEMENTATIONS`.
+        implementation: "auto", or a name in `NAMES`.
 
     Raises:
         ValueError: An unknown name, or a model without a converted layer.
     """
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"implementation must be auto, {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
+    if implementation not in ("auto", *NAMES):
+        raise ValueError(f"implementation must be auto, {', '.join(NAMES)}; found {implementation!r}")
     layers = [module for module in model.modules() if isinstance(module, KWLayer)]
     if not layers:
         raise ValueError("the model has no converted layer")

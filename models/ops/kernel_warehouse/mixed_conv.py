@@ -22,6 +22,8 @@ from .native import native_conv
 from .partition import Partition
 from .streamed import streamed_conv
 
+CHAINED = "chained"  # what a layer can do besides, since it has the attention (`chained.py`)
+
 
 def naive_conv(alpha: Tensor, cells: Tensor, x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
     """Loops over samples, mixtures and cells: the truth, for tests."""
@@ -109,18 +111,25 @@ def resolve(implementation: str, partition: Partition, geometry: Geometry, num_c
     """The name of what runs for images x (B, Cin, *spatial) where `implementation` is asked for."""
     if implementation == "auto":
         return choose(partition, geometry, num_cells, x)
+    if implementation == CHAINED:  # which an attention decides; of its coefficients alone
+        implementation = "streamed"
     return implementation if supports(implementation, partition, geometry) else "kernels"
 
 
-def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor) -> str:
-    """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it."""
+def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor, hidden: int = 0) -> str:
+    """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it.
+
+    That may be "chained" if it is told r, the width of the attention's hidden vector.
+    """
     native = can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32)
     if exporting() or geometry.groups > 1:  # without a look at the batch, which has no number in a graph for export
         return "native" if native and supports("native", partition, geometry) else "kernels"
     names = ["kernels", "inputs"]
     if partition.by_positions:
-        names += ["streamed", "native"] if native else ["streamed"]
-    return cheapest(names, partition, geometry, num_cells, x)
+        # In half precision "native" multiplies so fast that making kernels first has not been seen to gain.
+        chains = hidden > 0 and not (native and x.itemsize == 2)
+        names += ["streamed"] + ["native"] * native + [CHAINED] * chains
+    return cheapest(names, partition, geometry, num_cells, x, hidden)
 
 
 def supports(implementation: str, partition: Partition, geometry: Geometry) -> bool:

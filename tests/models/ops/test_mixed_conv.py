@@ -12,7 +12,6 @@ from kernelwarehouse.datasets import Digits
 from kernelwarehouse.models.ops.dynamic_conv import columns, columns_adjoint
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import (
-    IMPLEMENTATIONS,
     KWConv2d,
     Partition,
     Warehouses,
@@ -21,13 +20,14 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     streamed,
 )
 from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs, folding_saves
+from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .convolutions import needs_compiler
 from .layers import LAYERS, make, naive_forward
 from .parity import assert_parity
 
-FAST = [name for name in IMPLEMENTATIONS if name not in ("naive", "fused")]  # fused: see test_fused
+FAST = [name for name in NAMES if name not in ("naive", "fused")]  # fused: see test_fused
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
@@ -76,7 +76,7 @@ class TestStreaming:
         monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
         monkeypatch.setattr(streamed, "_TILE_CHANNELS", 3)
         partition, geometry, (alpha, cells, x) = self.case(*arguments)
-        taken = list(streamed.tiles(alpha.new_empty(5, 2, 18, 11), cells, copied=35))
+        taken = list(streamed.tiles((5, 2, 6, 54), x, copied=35))
         assert (len(taken), len(taken[0][1])) == {1: (5, 2), 4096: (5, 2), 1 << 20: (1, 1)}[tile]
         assert_parity(
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "streamed"),
@@ -128,7 +128,7 @@ def test_layout_of_the_input_is_kept(implementation, kernel_size):
     torch.testing.assert_close(y, layer(x))
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "native", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "chained", "native", "inputs"])
 def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation):
     """Samples × kernel is 147,456 values here; the cells are 2,048, x is 8,192 and α 18,432."""
     warehouses = Warehouses({"w": (32, 8, 8, 1, 1)})
@@ -143,7 +143,7 @@ def test_nothing_of_the_size_of_the_kernels_is_kept_for_backward(implementation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "chained", "inputs"])
 def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtype):
     torch.manual_seed(0)
     net = build_model({"model": "kw_resnet18", "nb_classes": 10, "cell_num_ratio": 1}).eval()
@@ -162,7 +162,7 @@ def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtyp
     assert errors[implementation] <= 1.1 * errors["grouped"]
 
 
-@pytest.mark.parametrize("implementation", ["kernels", "streamed", "native", "inputs"])
+@pytest.mark.parametrize("implementation", ["kernels", "streamed", "chained", "native", "inputs"])
 def test_compiled_in_one_graph(implementation):
     layer, warehouses, x = make("conv2d")
     layer.implementation = implementation
@@ -202,7 +202,7 @@ def test_forced_by_name():
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
     with pytest.raises(
-        ValueError, match="auto, naive, grouped, kernels, streamed, native, fused, inputs; found 'fast'"
+        ValueError, match="auto, naive, grouped, kernels, streamed, native, fused, inputs, chained; found 'fast'"
     ):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
@@ -276,7 +276,7 @@ def test_training_follows_the_truth():
     data = Digits(train=True)
     images, labels = data.images, torch.tensor(data.targets)
     curves = {}
-    for name in ("naive", "auto", "streamed", "native", "inputs"):
+    for name in ("naive", "auto", "streamed", "chained", "native", "inputs"):
         torch.manual_seed(0)
         warehouses = Warehouses({"w": (6, 4, 4, 1, 1)})
         share = {"warehouses": warehouses, "warehouse": "w"}
