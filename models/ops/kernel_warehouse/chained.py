@@ -18,6 +18,7 @@ from ..images import add_bias
 from .attention import EPSILON, Attention, pool
 from .attention_operator import has_hooks
 from .contraction import Chained
+from .fused import fused_chain, fuses
 from .mixed_conv import computing_type, supports
 from .mixing import by_output_blocks
 from .partition import Partition
@@ -38,6 +39,7 @@ def chained_conv(
     partition: Partition,
     geometry: Geometry,
     bias: Tensor | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """y[b] = conv(x[b], W[b]) + bias with W[b] mixed from the cells by the attention to x[b], kernels first.
 
@@ -49,6 +51,7 @@ def chained_conv(
         partition: How the kernel is cut; it must be of an ungrouped convolution.
         geometry: The convolution's arguments.
         bias: (Cout,), if any.
+        fused: Whether to convolve by `fused`, where it can; else by `streamed`.
 
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is; its gradient is of first order only.
@@ -60,8 +63,10 @@ def chained_conv(
     assigned = by_output_blocks(attention.assignment[None], partition).transpose(0, 1)
     weights = chain_weights(attention, partition)
     weights = torch.cat([weights, assigned.to(weights.dtype)], dim=1)
-    alpha = by_output_blocks(alpha.to(kind), partition)
-    return add_bias(stream(Chained, x.to(kind), partition, geometry, alpha, weights.to(kind), cells), bias)
+    x, factors = x.to(kind), (by_output_blocks(alpha.to(kind), partition), weights.to(kind), cells)
+    if fused and fuses(x, geometry):
+        return add_bias(fused_chain(*factors, x, partition, geometry), bias)
+    return add_bias(stream(Chained, x, partition, geometry, *factors), bias)
 
 
 def chain_weights(attention: Attention, partition: Partition) -> Tensor:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import EPSILON
-from .fused import precision
+from .fused_operators import precision
 
 
 def coefficients(hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:

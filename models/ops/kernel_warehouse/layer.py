@@ -1,5 +1,6 @@
 """KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -102,23 +103,27 @@ class KWLayer(nn.Module):
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
-        compute = chained_conv if self._chains(x) else self._at_once(x)
-        if compute:
+        if compute := self._kernels_first(x) or self._at_once(x):
             temperature = self.warehouses.temperature
             return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
         alpha, x = self._attend(x)
         return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation, self.bias)
 
-    def _chains(self, x: Tensor) -> bool:
-        """Whether attention and cells are multiplied first, for all of a batch."""
-        if self.implementation != CHAINED:
-            # It makes a row for each hidden value, where otherwise there is one for each sample.
-            if self.implementation != "auto" or exporting() or x.shape[0] <= LEAST_HIDDEN:
-                return False
-            hidden = self.attention.fc1.out_features
-            if choose(self.partition, self.geometry, self.cells.shape[0], x, hidden) != CHAINED:
-                return False
-        return chains(self.attention, self.partition, self.geometry)
+    def _kernels_first(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """What multiplies attention and cells first, for all of a batch, if that is asked for or less work."""
+        wanted = self.implementation == CHAINED or self._saves_by_products(x)
+        if not (wanted and chains(self.attention, self.partition, self.geometry)):
+            return None
+        return functools.partial(chained_conv, fused=self.implementation == "fused")
+
+    def _saves_by_products(self, x: Tensor) -> bool:
+        # They are rows for each hidden value, where otherwise there is a row for each sample.
+        if self.implementation not in ("auto", "fused") or exporting() or x.shape[0] <= LEAST_HIDDEN:
+            return False
+        hidden, n = self.attention.fc1.out_features, self.cells.shape[0]
+        if self.implementation == "fused":
+            return (hidden + 2) * (n + x.shape[0]) < n * x.shape[0]
+        return choose(self.partition, self.geometry, n, x, hidden) == CHAINED
 
     def _at_once(self, x: Tensor) -> Callable[..., Tensor] | None:
         """What computes all of the layer for x, if anything does."""

@@ -132,7 +132,7 @@ class TestChoice:
     def test_a_layer_takes_it(self, monkeypatch):
         asked = []
         compute = layer.chained_conv
-        monkeypatch.setattr(layer, "chained_conv", lambda *a: asked.append(len(a[2])) or compute(*a))
+        monkeypatch.setattr(layer, "chained_conv", lambda *a, **k: asked.append(len(a[2])) or compute(*a, **k))
         module, warehouses = wide_layer(cells=600, channels=32)
         large = torch.randn(128, 32, 2, 2).to(memory_format=torch.channels_last)
         leaves = {"cells": warehouses.w, **dict(module.named_parameters())}

@@ -1,5 +1,6 @@
 """The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
 
+import itertools
 import re
 import sys
 import types
@@ -10,7 +11,14 @@ import torch
 
 from kernelwarehouse.models.ops import kernel_warehouse
 from kernelwarehouse.models.ops.geometry import Geometry
-from kernelwarehouse.models.ops.kernel_warehouse import Partition, fused, mixed_conv
+from kernelwarehouse.models.ops.kernel_warehouse import (
+    Partition,
+    chained,
+    fused,
+    fused_operators,
+    mixed_conv,
+    set_temperature,
+)
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 from .convolutions import CONVOLUTIONS, convolution
@@ -51,6 +59,7 @@ class TestKernels:
     @pytest.fixture(autouse=True)
     def nothing_is_streamed(self, monkeypatch):
         monkeypatch.setattr(fused, "streamed_conv", None)
+        monkeypatch.setattr(chained, "stream", None)
 
     @pytest.mark.parametrize("name", CONVOLUTIONS)
     def test_parity_with_naive(self, name):
@@ -96,9 +105,9 @@ class TestKernels:
     def test_kernels_of_a_few_samples_at_a_time(self, monkeypatch):
         partition, geometry, (alpha, cells, x) = case("stride")
         alpha, x = (torch.cat([t, 2 * t, 3 * t[:1]]).detach().requires_grad_() for t in (alpha, x))
-        monkeypatch.setattr(fused, "_CHUNK_BYTES", 3 * 4 * 6 * 9 * 8)
+        monkeypatch.setattr(fused_operators, "_CHUNK_BYTES", 3 * 4 * 6 * 9 * 8)
         whole = torch.empty(5, 2, 9, 5, dtype=torch.float64)
-        assert list(fused._chunks(whole, cells)) == [slice(0, 3), slice(3, 5)]
+        assert list(fused_operators._chunks(whole, cells, False)) == [slice(0, 3), slice(3, 5)]
         assert_parity(
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "fused"),
             lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
@@ -135,14 +144,46 @@ class TestKernels:
             y = layer(x)
         torch.testing.assert_close(y, layer(x))
 
-    def test_compiled_in_one_graph(self):
-        layer, warehouses, x = make("conv2d-layer-norm")
-        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE)
+    @pytest.mark.parametrize("chunk", [1, 1 << 20])
+    @pytest.mark.parametrize("kind", ["conv2d", "conv2d-half-budget", "conv2d-nonlocal", "conv1d-circular"])
+    def test_kernels_first(self, kind, chunk, monkeypatch):
+        monkeypatch.setattr(fused_operators, "_CHUNK_BYTES", chunk)
+        layer, warehouses, x = make(kind)
+        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE).requires_grad_()
+        set_temperature(warehouses, 0.3)
+        leaves = {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())}
+
+        def first():
+            rest = warehouses.temperature, layer.partition, layer.geometry, layer.bias
+            return chained.chained_conv(layer.attention, layer.cells, x, *rest, fused=True)
+
+        assert_parity(first, lambda: naive_forward(layer, x, 0.3), leaves, tolerance=1e-10)
+
+    def test_large_batches_have_kernels_first(self, monkeypatch):
+        layer, warehouses, x = make("conv2d")
+        layer, x = layer.to(DEVICE), x.to(DEVICE)
+        warehouses.to(DEVICE)
+        layer.implementation = "fused"
+        many = x[:1].expand(40, -1, -1, -1).clone()
+        layer.eval()
+        expected = layer(x[:1])
+        taken = []
+        compute = chained.fused_chain
+        monkeypatch.setattr(chained, "fused_chain", lambda *a: taken.append(len(a[0])) or compute(*a))
+        torch.testing.assert_close(layer(many), expected.expand(40, -1, -1, -1))
+        assert taken == [40]
+        layer(many[:30])  # 18 products for each of 40 cells, and for each sample, are more than 40 for each sample
+        assert taken == [40]
+
+    @pytest.mark.parametrize("batch", [2, 40])  # cells first, and kernels first
+    def test_compiled_in_one_graph(self, batch):
+        layer, warehouses, x = make("conv2d")
+        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x[:2].repeat(batch // 2, 1, 1, 1).to(DEVICE)
         layer.implementation = "fused"
         torch._dynamo.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
         leaves = {"x": x.requires_grad_(), "cells": warehouses.w, **dict(layer.named_parameters())}
-        assert_parity(lambda: compiled(x), lambda: layer(x), leaves)
+        assert_parity(lambda: compiled(x), lambda: layer(x), leaves, tolerance=1e-11)
 
     @pytest.mark.parametrize("channels_last", [False, True])
     def test_what_the_compiler_is_told_is_true(self, channels_last):
@@ -152,8 +193,11 @@ class TestKernels:
         alpha, cells = alpha.detach().view(2, 9, 2, 1, 5).transpose(1, 2).flatten(2, 3), cells.detach()
         window = [3, 3, 2, 2, 0, 0, 1, 1]
         grad = torch.randn(2, partition.kernel[0], 3, 2, dtype=x.dtype, device=DEVICE)
-        for operator in (fused._convolve, fused._gradient_of_x, fused._gradients_of_kernels):
-            arguments = (alpha, cells, x, window) if operator is fused._convolve else (grad, alpha, cells, x, window)
+        operators = fused_operators.convolve, fused_operators.gradient_of_x, fused_operators.gradients_of_kernels
+        terms = torch.randn(*alpha.shape[1:], *partition.cell[:2], dtype=x.dtype, device=DEVICE)
+        for operator, (mixed, own) in itertools.product(operators, [(cells, False), (terms, True)]):
+            received = [] if operator is operators[0] else [grad]
+            arguments = (*received, alpha, mixed, x, window, own)
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -207,7 +251,7 @@ def test_compiles_for_gpus_that_are_not_here(name, architecture, type_name, tile
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tuner = getattr(fused_kernels, name)
     config, names = tuner.configs[tile], tuner.fn.arg_names
-    constants = dict(zip(fused._Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
+    constants = dict(zip(fused_operators.Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
     constants |= {"precision": "tf32", **config.kwargs}
     constants |= {step: 1 for step in ("x_c", "y_o", "g_o") if step in names}
     types = dict.fromkeys({"x", "w", "y", "grad", "grad_x", "grad_w"} & set(names), f"*{type_name}")
