@@ -40,6 +40,7 @@ class Layer:
         dtype: What it computes in.
         count: How many there are.
         seconds: Median by implementation, and of the static layer under "static".
+        train: Whether they are of forward and backward.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     dtype: torch.dtype
     count: int
     seconds: dict[str, float]
+    train: bool = True
 
     @property
     def images(self) -> Tensor:
@@ -66,7 +68,9 @@ class Layer:
     def chosen(self) -> str:
         """The implementation that "auto" takes."""
         module, images = self.module, self.images.to(self.dtype)
-        return choose(module.partition, module.geometry, len(module.cells), images, module.attention.fc1.out_features)
+        hidden = module.attention.fc1.out_features
+        with torch.set_grad_enabled(self.train):
+            return choose(module.partition, module.geometry, len(module.cells), images, hidden)
 
     def can_try(self, name: str) -> bool:
         """Whether an implementation, or "folded", exists for the layer, and writes no more than `MOST_BYTES`."""
@@ -108,7 +112,7 @@ def distinct_layers(net: nn.Module, x: Tensor, precision: str) -> list[Layer]:
 
 def time_layer(layer: Layer, train: bool, precision: str, rounds: int) -> None:
     """Fill in `seconds`: of whole layers with their attention, and of a static layer of the same shape."""
-    module = layer.module
+    module, layer.train = layer.module, train
     steps = {"static": _static_step(layer, train, precision)}
     parameters = [*module.parameters(), module.cells]
     for name in filter(layer.can_try, names(layer.x.device)):

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from ..images import add_bias
+from ..native import can_run, sum_type
 from .attention import EPSILON, Attention, pool
 from .attention_operator import has_hooks
-from .contraction import Chained
+from .contraction import Chained, products_of
 from .fused import fused_chain, fuses
 from .mixed_conv import computing_type, supports
 from .mixing import by_output_blocks
+from .native import native_folded_conv
 from .partition import Partition
 from .streamed import stream
 
@@ -63,7 +65,11 @@ def chained_conv(
     assigned = by_output_blocks(attention.assignment[None], partition).transpose(0, 1)
     weights = chain_weights(attention, partition)
     weights = torch.cat([weights, assigned.to(weights.dtype)], dim=1)
-    x, factors = x.to(kind), (by_output_blocks(alpha.to(kind), partition), weights.to(kind), cells)
+    x, alpha, weights = x.to(kind), alpha.to(kind), weights.to(kind)
+    if not torch.is_grad_enabled() and can_run(x.device.type, kind):  # they are applied as those of a folded layer
+        products = products_of(weights, cells).to(sum_type(kind)).contiguous()
+        return native_folded_conv(alpha, products, x, partition, geometry, bias)
+    factors = by_output_blocks(alpha, partition), weights, cells
     if fused and fuses(x, geometry):
         return add_bias(fused_chain(*factors, x, partition, geometry), bias)
     return add_bias(stream(Chained, x, partition, geometry, *factors), bias)

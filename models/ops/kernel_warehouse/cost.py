@@ -32,6 +32,7 @@ class Factors:
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
         single: Mixing one value of a kernel, besides its multiply-adds, where each mixture is a product of its own.
+        row: Mixing one row of a cell's input channels so, besides.
         column: Copying one value into the columns of streaming.
         kernel: Ordering one value of a kernel for the grouped convolution, while the batch's kernels fit in the cache.
         far_kernel: The same when they do not.
@@ -45,7 +46,8 @@ class Factors:
     native: float = 1.0
     thin: float = 1.2
     tile: float = 20
-    single: float = 30
+    single: float = 40
+    row: float = 12_000
     column: float = 60
     kernel: float = 14
     far_kernel: float = 60
@@ -61,6 +63,7 @@ FACTORS = {
         grouped=10.0,
         tile=400,
         single=100,
+        row=0,
         column=400,
         kernel=800,
         far_kernel=800,
@@ -69,15 +72,26 @@ FACTORS = {
     ),
 }
 
+# Of the native convolution with products: what a position costs, bytes that caches cannot hold, and samples that a
+# product is then read for.
+_FOLDED, _FAR_PRODUCTS, _SAMPLES_OF_A_READ = 1.1, 64 << 20, 8
+
 
 def cheapest(
-    names: Sequence[str], partition: Partition, geometry: Geometry, num_cells: int, x: Tensor, hidden: int = 0
+    names: Sequence[str],
+    partition: Partition,
+    geometry: Geometry,
+    num_cells: int,
+    x: Tensor,
+    kind: torch.dtype,
+    hidden: int = 0,
+    natively: bool = False,
 ) -> str:
-    """The one of these implementations that has the least `costs` for images x (B, Cin, *spatial)."""
+    """The one of these that has the least `costs` for images x (B, Cin, *spatial), computed in a type."""
     # A compiler looks through the cache, and would say so.
     find = _cheapest.__wrapped__ if torch.compiler.is_compiling() else _cheapest
-    layout = x.element_size(), x.stride(1) == 1, x.device.type
-    return find(tuple(names), partition, geometry, num_cells, tuple(x.shape), hidden, *layout)
+    layout = kind.itemsize, x.stride(1) == 1, x.device.type
+    return find(tuple(names), partition, geometry, num_cells, tuple(x.shape), hidden, natively, *layout)
 
 
 @functools.lru_cache(1024)
@@ -88,15 +102,15 @@ def _cheapest(
     num_cells: int,
     shape: tuple[int, ...],
     hidden: int,
+    natively: bool,
     itemsize: int,
     channels_last: bool,
     device: str,
 ) -> str:
     factors = FACTORS.get(device, FACTORS["cuda"])
     positions = math.prod(geometry.output_size(shape[2:], partition.kernel[2:]))
-    estimates = costs(
-        partition, num_cells, shape[0], positions, itemsize, factors, geometry.groups, channels_last, hidden
-    )
+    more = geometry.groups, channels_last, hidden, natively
+    estimates = costs(partition, num_cells, shape[0], positions, itemsize, factors, *more)
     best = names[0]
     for name in names:  # by comparisons, which a compiler can guard where sizes are symbols
         if estimates[name] < estimates[best]:
@@ -114,6 +128,7 @@ def costs(
     groups: int = 1,
     channels_last: bool = True,
     hidden: int = 0,
+    natively: bool = False,
 ) -> dict[str, float]:
     """Cost of one sample by each implementation.
 
@@ -127,6 +142,7 @@ def costs(
         groups: Of the convolution.
         channels_last: Whether channels lie together in memory, as tiles read them, or positions, as whole kernels do.
         hidden: r, the width of the attention's hidden vector, if "chained" is to be among them.
+        natively: Whether "native" applies what "chained" multiplies, as in inference on a CPU.
 
     Returns:
         Multiply-adds of a large product, by name.
@@ -143,19 +159,25 @@ def costs(
     read = inputs if taps > 1 else 0  # a 1×1 kernel reads any layout
     streaming = factors.thin * positions + factors.tile
     around = factors.column * columns + factors.activation * (0 if channels_last else read)
+    arranging = factors.activation * (0 if channels_last else inputs + outputs)
     mixed_inputs = blocks_out * num_cells * math.prod(partition.cell[1:]) * positions
     estimates = {
         "kernels": kernel * (mixing + ordering + whole * positions)
         + factors.activation * (read + outputs if channels_last else 0),
         "streamed": kernel * (mixing + streaming) + around,
-        "native": kernel * factors.native * (num_cells + positions)
-        + factors.activation * (0 if channels_last else inputs + outputs),
+        "native": kernel * factors.native * (num_cells + positions) + arranging,
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
-    if hidden:
-        rows = hidden + 2
-        once = rows * num_cells / batch
-        estimates["chained"] = kernel * (once + factors.thin * rows + factors.single + streaming) + around
+    rows = hidden + 2
+    once = rows * num_cells / batch
+    if hidden and natively:
+        # Products that are too many for the caches are read again for every few samples.
+        far = rows * kernel * itemsize > _FAR_PRODUCTS
+        again = factors.read * rows / _SAMPLES_OF_A_READ if far else 0
+        estimates["chained"] = kernel * (once + rows + _FOLDED * positions + again) + arranging
+    elif hidden:
+        single = factors.single + factors.row / partition.cell[1]
+        estimates["chained"] = kernel * (once + factors.thin * rows + single + streaming) + around
     return estimates
 
 

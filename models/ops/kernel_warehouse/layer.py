@@ -123,7 +123,7 @@ class KWLayer(nn.Module):
         hidden, n = self.attention.fc1.out_features, self.cells.shape[0]
         if self.implementation == "fused":
             return (hidden + 2) * (n + x.shape[0]) < n * x.shape[0]
-        return choose(self.partition, self.geometry, n, x, hidden) == CHAINED
+        return choose(self.partition, self.geometry, n, x, hidden, computing_type(x)) == CHAINED
 
     def _at_once(self, x: Tensor) -> Callable[..., Tensor] | None:
         """What computes all of the layer for x, if anything does."""

@@ -116,20 +116,29 @@ def resolve(implementation: str, partition: Partition, geometry: Geometry, num_c
     return implementation if supports(implementation, partition, geometry) else "kernels"
 
 
-def choose(partition: Partition, geometry: Geometry, num_cells: int, x: Tensor, hidden: int = 0) -> str:
+def choose(
+    partition: Partition,
+    geometry: Geometry,
+    num_cells: int,
+    x: Tensor,
+    hidden: int = 0,
+    kind: torch.dtype | None = None,
+) -> str:
     """What "auto" takes for images x (B, Cin, *spatial): the cheapest of the implementations that can compute it.
 
-    That may be "chained" if it is told r, the width of the attention's hidden vector.
+    That may be "chained" if it is told r, the width of the attention's `hidden` vector. The type that is computed in is
+    that of x, or another `kind`.
     """
-    native = can_run(x.device.type, x.dtype, warn=x.device.type == "cpu" and x.dtype == torch.float32)
+    kind = kind or x.dtype
+    native = can_run(x.device.type, kind, warn=x.device.type == "cpu" and kind == torch.float32)
     if exporting() or geometry.groups > 1:  # without a look at the batch, which has no number in a graph for export
         return "native" if native and supports("native", partition, geometry) else "kernels"
     names = ["kernels", "inputs"]
     if partition.by_positions:
-        # In half precision "native" multiplies so fast that making kernels first has not been seen to gain.
-        chains = hidden > 0 and not (native and x.itemsize == 2)
+        # In half precision "native" multiplies so fast that kernels first gain little at best.
+        chains = hidden > 0 and not (native and kind.itemsize == 2)
         names += ["streamed"] + ["native"] * native + [CHAINED] * chains
-    return cheapest(names, partition, geometry, num_cells, x, hidden)
+    return cheapest(names, partition, geometry, num_cells, x, kind, hidden, native and not torch.is_grad_enabled())
 
 
 def supports(implementation: str, partition: Partition, geometry: Geometry) -> bool:

@@ -10,6 +10,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     KWConv2d,
     Partition,
     Warehouses,
+    chained,
     layer,
     set_temperature,
     streamed,
@@ -42,6 +43,22 @@ def test_any_tile_gives_the_same(monkeypatch, tile, temperature):
     module.implementation = "chained"
     leaves = {"x": x.requires_grad_(), "cells": warehouses.w, **dict(module.named_parameters())}
     assert_parity(lambda: module(x), lambda: naive_forward(module, x, temperature), leaves, tolerance=1e-11)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["conv2d", "conv2d-nonlocal", "conv1d-circular", "conv3d", "linear-tokens"])
+def test_inference_applies_products_natively(monkeypatch, kind, temperature, dtype):
+    monkeypatch.setattr(chained, "stream", None)
+    module, warehouses, x = make(kind)
+    set_temperature(warehouses, temperature)
+    expected = naive_forward(module, x, temperature)
+    module.to(dtype), warehouses.to(dtype)
+    module.implementation = "chained"
+    error = (module(x.to(dtype)).double() - expected).norm() / expected.norm()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
 
 
 def test_nothing_can_go_stale():
@@ -133,8 +150,8 @@ class TestChoice:
         asked = []
         compute = layer.chained_conv
         monkeypatch.setattr(layer, "chained_conv", lambda *a, **k: asked.append(len(a[2])) or compute(*a, **k))
-        module, warehouses = wide_layer(cells=600, channels=32)
-        large = torch.randn(128, 32, 2, 2).to(memory_format=torch.channels_last)
+        module, warehouses = wide_layer(cells=600, channels=128)
+        large = torch.randn(64, 128, 4, 4).to(memory_format=torch.channels_last)
         leaves = {"cells": warehouses.w, **dict(module.named_parameters())}
 
         def grouped():
@@ -146,13 +163,14 @@ class TestChoice:
             return module(large)
 
         assert_parity(auto, grouped, leaves, tolerance=1e-4)
-        assert asked == [128]
+        assert asked == [64]
         module(large[:16])
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             module(large.bfloat16())
+            module(large)
         module.implementation = "native"
         module(large)
-        assert asked == [128]
+        assert asked == [64]
 
     @pytest.mark.parametrize("name", ["", "fc2"])
     def test_who_waits_for_the_coefficients_is_served(self, name):
@@ -190,6 +208,17 @@ class TestChoice:
         program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(x[:3]), module(x[:3]), rtol=1e-3, atol=1e-3)
 
+    @needs_compiler
+    def test_inference_takes_it_sooner(self):
+        """There the products are applied natively."""
+        layer = Partition((256, 256, 3, 3), (256, 256, 1, 1)), Geometry.of((3, 3), padding=1), 188
+        images = torch.empty(64, 256, 14, 14).to(memory_format=torch.channels_last)
+        assert choose(*layer, images, hidden=16) == "native"
+        with torch.no_grad():
+            assert choose(*layer, images, hidden=16) == "chained"
+            assert choose(*layer, images[:8], hidden=16) == "native"
+            assert choose(*layer, images, hidden=16, kind=torch.bfloat16) != "chained"
+
     @pytest.mark.slow
     @needs_compiler
     def test_estimates_agree_with_the_clock(self):
@@ -197,7 +226,7 @@ class TestChoice:
         module, _ = wide_layer(cells=552, channels=128)
         for batch in (8, 64):
             x = torch.randn(batch, 128, 7, 7).to(memory_format=torch.channels_last)
-            estimates = costs(module.partition, 552, batch, 49, 4, FACTORS["cpu"], hidden=16)
+            estimates = costs(module.partition, 552, batch, 49, 4, FACTORS["cpu"], hidden=16, natively=True)
             seconds = dict.fromkeys(("chained", "native"), float("inf"))
             with torch.inference_mode():
                 for _ in range(6):
