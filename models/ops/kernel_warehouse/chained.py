@@ -66,7 +66,7 @@ def chained_conv(
     weights = chain_weights(attention, partition)
     weights = torch.cat([weights, assigned.to(weights.dtype)], dim=1)
     x, alpha, weights = x.to(kind), alpha.to(kind), weights.to(kind)
-    if not torch.is_grad_enabled() and can_run(x.device.type, kind):  # they are applied as those of a folded layer
+    if not (fused or torch.is_grad_enabled()) and can_run(x.device.type, kind):  # as a folded layer's
         products = products_of(weights, cells).to(sum_type(kind)).contiguous()
         return native_folded_conv(alpha, products, x, partition, geometry, bias)
     factors = by_output_blocks(alpha, partition), weights, cells
