@@ -28,8 +28,7 @@ class CellsFirst:
     def __init__(self, alpha: Tensor, cells: Tensor, needs: tuple[bool, ...] = (False, False)):
         self._alpha, self._cells = alpha, cells
         self._needs_alpha, self._needs_cells = needs
-        self._parts = alpha.shape[2]
-        self.shape = (*alpha.shape[:2], cells.shape[1], self._parts * cells[0, 0].numel())
+        self.shape = (*alpha.shape[:2], cells.shape[1], alpha.shape[2] * cells[0, 0].numel())
         if self._needs_alpha:
             self._grad_alpha = torch.zeros_like(alpha, dtype=torch.promote_types(alpha.dtype, torch.float32))
         if self._needs_cells:

@@ -125,6 +125,7 @@ def gradients_of_kernels(
     channels, positions = grad.shape[1], grad.shape[2:].numel()
     w = Window(*window)
     blocks = {"block_o": channels, "block_c": x.shape[1]}
+    mixed = cells if own else cells.flatten(1).to(alpha.dtype)
     with torch.cuda.device_of(x):
         for samples in _chunks(alpha, cells, own):
             mixtures = alpha.new_empty(*alpha[samples].shape[:3], rows * width)
@@ -143,7 +144,7 @@ def gradients_of_kernels(
                 *grad.stride(),
                 **_constants(window, samples, positions),
             )
-            _unmix(mixtures, alpha[samples], cells, own, grad_alpha[samples], grad_cells)
+            _unmix(mixtures, alpha[samples], mixed, own, grad_alpha[samples], grad_cells)
     return grad_alpha, grad_cells
 
 
@@ -178,9 +179,9 @@ def _mix(alpha: Tensor, cells: Tensor, own: bool) -> Tensor:
 def _unmix(mixtures: Tensor, alpha: Tensor, cells: Tensor, own: bool, grad_alpha: Tensor, grad_cells: Tensor) -> None:
     """From gradients of kernels, (B, blocks, parts, cout · cin), write those of α, and add those of the cells."""
     if not own:
-        rows, flat_cells = mixtures.flatten(0, 2), cells.flatten(1).to(alpha.dtype)
-        grad_alpha.copy_(torch.mm(rows, flat_cells.mT).view_as(alpha))
-        grad_cells += torch.mm(alpha.flatten(0, 2).mT, rows).view_as(cells)
+        rows = mixtures.flatten(0, 2)
+        grad_alpha.copy_(torch.mm(rows, cells.mT).view_as(alpha))
+        grad_cells += torch.mm(alpha.flatten(0, 2).mT, rows).view_as(grad_cells)
         return
     for block, part in itertools.product(*map(range, alpha.shape[1:3])):
         received, terms = mixtures[:, block, part], cells[block, part].flatten(1)
