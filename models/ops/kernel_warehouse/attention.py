@@ -54,9 +54,20 @@ class AttentionBatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, hidden) → (B, hidden)."""
-        if self.training and x.shape[0] == 1:
+        if self.training and not self.normalises(x.shape[0]):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)
+
+    def normalises(self, batch: int) -> bool:
+        """Whether so many samples are normalised by statistics of their own."""
+        return self.training and batch > 1
+
+    def track(self, mean: Tensor, variance: Tensor) -> None:
+        """Let the running statistics follow those of a batch, (hidden,), the variance without bias."""
+        self.num_batches_tracked.add_(1)
+        weight = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
 
 
 class Attention(nn.Module):

@@ -189,14 +189,34 @@ def gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Those of α (B, blocks of output channels, parts, n) and of the cells (n, cout, cin, *ones), given that of y."""
+    grad_cells = _like_cells(cells)
+    return _gradients_of_mixing(grad, alpha, cells, x, window, grad_cells, False), grad_cells
+
+
+def _like_alpha(
+    _grad: Tensor, alpha: Tensor, _cells: Tensor, _x: Tensor, _window: Sequence[int], _total: Tensor
+) -> Tensor:
+    return torch.empty_like(alpha, memory_format=torch.contiguous_format)
+
+
+@operator("native_conv_add_gradients_of_mixing", fake=_like_alpha, changes=["total"])
+def add_gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int], total: Tensor
+) -> Tensor:
+    """The same, with that of the cells added to a total, which `gradients_of_mixing` made of another layer's."""
+    return _gradients_of_mixing(grad, alpha, cells, x, window, total, True)
+
+
+def _gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int], grad_cells: Tensor, add: bool
+) -> Tensor:
     # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
     threads, n = torch.get_num_threads(), math.ceil(len(cells) / 16) * 16
     grad_alpha = alpha.new_zeros(threads, *alpha.shape[:3], n, dtype=cells.dtype)
-    grad_cells = _like_cells(cells)
     operands = _coefficients(alpha), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
     results = grad_alpha, grad_cells.transpose(0, 1)
-    call("gradients_of_mixing", [_problem(alpha, x, grad, window)], operands + results)
-    return grad_alpha.sum(0)[..., : len(cells)].contiguous().to(alpha.dtype), grad_cells
+    call("gradients_of_mixing", [_problem(alpha, x, grad, window), int(add)], operands + results)
+    return grad_alpha.sum(0)[..., : len(cells)].contiguous().to(alpha.dtype)
 
 
 def _coefficients(alpha: Tensor) -> Tensor:

@@ -8,19 +8,20 @@ write that once more.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..dynamic_conv import depthwise_gradient_of_x
 from ..geometry import Geometry
 from ..images import add_bias
-from ..native import mean, sum_type, window_of
+from ..native import sum_type, window_of
 from . import depthwise, native
 from .attention import Attention
-from .attention_operator import coefficients, coefficients_gradients, hides_plainly
+from .attention_operator import hides_plainly, parameters_of
+from .attention_training import attend, gradients, learned, norm_kind
 from .mixing import by_output_blocks, by_positions
 from .partition import Partition
+from .shared import SharedCells
 
 
 def trains_at_once(attention: Attention, x: Tensor, partition: Partition, geometry: Geometry) -> bool:
@@ -63,14 +64,12 @@ def native_training(
     x, padding = geometry.split_padding(x)
     window = window_of(partition.kernel[2:], geometry, padding)
     cells = cells.to(sum_type(x.dtype))
+    shared = SharedCells.of(cells) if cells.requires_grad else None
     bias = None if bias is None else bias.to(sum_type(x.dtype))
-    if geometry.groups > 1:
-        convolution, cells = _Depthwise(window), depthwise.channels_together(cells)
-    else:
-        convolution = _Tiled(partition, window)
-    fc1, norm, fc2 = (attention._modules[name]._parameters for name in ("fc1", "norm", "fc2"))
-    hidden = (*fc1.values(), *norm.values())
-    return _Layer.apply(convolution, attention, temperature, x, cells, bias, *fc2.values(), *hidden)
+    convolution = _Depthwise(window) if geometry.groups > 1 else _Tiled(partition, window)
+    stand_in = None if shared is None else shared.stand_in
+    parameters = parameters_of(attention, temperature)
+    return _Layer.apply(convolution, attention, shared, x, cells, stand_in, bias, *parameters)
 
 
 class _Tiled(NamedTuple):
@@ -83,11 +82,16 @@ class _Tiled(NamedTuple):
         alpha = by_output_blocks(alpha.to(x.dtype), self.partition)
         return native.convolve(alpha, cells.transpose(0, 1), x, bias, self.window, False)
 
-    def gradients(self, grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of α and of the cells, and what `gradient_of_x` needs besides."""
+    def gradients(
+        self, grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, total: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of α and of the cells, added to a total if there is one, and what `gradient_of_x` needs besides."""
         alpha = by_output_blocks(alpha.to(x.dtype), self.partition)
-        grad_alpha, grad_cells = native.gradients_of_mixing(grad, alpha, cells, x, self.window)
-        return by_positions(grad_alpha, self.partition), grad_cells, alpha
+        if total is None:
+            grad_alpha, total = native.gradients_of_mixing(grad, alpha, cells, x, self.window)
+        else:
+            grad_alpha = native.add_gradients_of_mixing(grad, alpha, cells, x, self.window, total)
+        return by_positions(grad_alpha, self.partition), total, alpha
 
     def gradient_of_x(self, grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, each: Tensor) -> Tensor:
         return native.gradient_of_x(grad, alpha, cells, x, self.window, each)
@@ -99,59 +103,53 @@ class _Depthwise(NamedTuple):
     window: list[int]
 
     def convolve(self, alpha: Tensor, cells: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        return add_bias(depthwise.convolve(alpha, cells, x, self.window), bias)
+        return add_bias(depthwise.convolve(alpha, depthwise.channels_together(cells), x, self.window), bias)
 
-    def gradients(self, grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kernels = depthwise.kernels(alpha, cells, x)
-        return *depthwise.gradients_of_mixing(grad, alpha, cells, x, kernels, self.window), kernels
+    def gradients(
+        self, grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, total: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = depthwise.channels_together(cells)
+        kernels = depthwise.kernels(alpha, rows, x)
+        grad_alpha, grad_rows = depthwise.gradients_of_mixing(grad, alpha, rows, x, kernels, self.window)
+        grad_cells = grad_rows.transpose(0, 1).view_as(cells)
+        return grad_alpha, grad_cells if total is None else total.add_(grad_cells), kernels
 
     def gradient_of_x(self, grad: Tensor, kernels: Tensor, _cells: Tensor, x: Tensor, each: Tensor) -> Tensor:
         return depthwise_gradient_of_x(grad, x, kernels, self.window, each)
 
 
 class _Layer(torch.autograd.Function):
-    """`native_training`; autograd records the hidden vector, since its norm may have statistics of the batch."""
+    """`native_training` of `parameters_of` the attention; the cells' gradient goes to their stand-in."""
 
     @staticmethod
     def forward(
         ctx,
         convolution: _Tiled | _Depthwise,
         attention: Attention,
-        temperature: Tensor,
+        shared: SharedCells | None,
         x: Tensor,
         cells: Tensor,
+        _stand_in: Tensor | None,
         bias: Tensor | None,
-        weight: nn.Parameter,
-        offset: nn.Parameter,
-        *parameters: nn.Parameter | None,
+        *parameters: Tensor | None,
     ) -> Tensor:
-        pooled = mean(x).to(x.dtype)
-        # Checkpointing would compute what it keeps away anew for each graph: this one is small, and kept.
-        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
-            hidden = attention.hidden(pooled.requires_grad_()).to(weight.dtype)
-        alpha = coefficients(hidden.detach(), weight, offset, attention.assignment, temperature)
-        # The temperature changes after every step; that parameters have not is checked when they are asked for.
-        ctx.save_for_backward(x, cells, alpha, weight, offset, temperature.clone(), *parameters)
-        ctx.convolution, ctx.hidden = convolution, (pooled, hidden)
+        ctx.convolution, ctx.shared, ctx.kind = convolution, shared, norm_kind(attention, len(x))
+        alpha, trace = attend(attention, x, parameters)
+        # Not buffers: statistics and the temperature change after every step.
+        ctx.save_for_backward(x, cells, alpha, trace, *learned(parameters))
         return convolution.convolve(alpha, cells, x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, cells, alpha, weight, offset, temperature, *parameters = ctx.saved_tensors
-        pooled, hidden = ctx.hidden
-        grad_alpha, grad_cells, kept = ctx.convolution.gradients(grad, alpha, cells, x)
-        grad_alpha = grad_alpha.to(alpha.dtype)
-        grad_hidden, *grads = coefficients_gradients(grad_alpha, hidden.detach(), weight, offset, temperature)
-        wanted = [value for value in parameters if value is not None and value.requires_grad]
-        grad_pooled, *found = torch.autograd.grad(hidden, [pooled, *wanted], grad_hidden, retain_graph=True)
-        each = grad_pooled.to(alpha.dtype) / x.shape[2:].numel()
+        x, cells, alpha, trace, *parameters = ctx.saved_tensors
+        total = None if ctx.shared is None else ctx.shared.total
+        grad_alpha, total, kept = ctx.convolution.gradients(grad, alpha, cells, x, total)
+        if ctx.shared is not None:
+            ctx.shared.total = total
+        each, found = gradients(grad_alpha.to(alpha.dtype), trace, parameters, x.shape, ctx.kind)
         grad_x = ctx.convolution.gradient_of_x(grad, kept, cells, x, each)
-        found = iter(found)
-        others = [next(found) if value is not None and value.requires_grad else None for value in parameters]
-        grad_bias = native.gradient_of_bias(grad) if ctx.needs_input_grad[5] else None
-        return None, None, None, grad_x, grad_cells, grad_bias, *grads, *others
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+        grad_bias = native.gradient_of_bias(grad) if ctx.needs_input_grad[6] else None
+        of_fc1, of_norm, of_fc2 = found[:2], found[2:4], found[4:]
+        of_attention = *of_fc1, None, None, *of_norm, *of_fc2, None, None
+        return None, None, None, grad_x, None, None, grad_bias, *of_attention

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr Int SAMPLES = 16;  // whose logits of one mixture are computed at once
+constexpr Int COLUMNS = 64;  // channels for which gradients of weights are computed at once
 
 // The sum of term(lanes, i) for i below `count`.
 template <typename S, typename Term>
@@ -79,27 +80,44 @@ void pool(const Attention& p, const T* x, Sum<T>* sums, Sum<T>* means) {
   }
 }
 
-// h = ReLU(Norm(W x + b)), (batch, width), for means x (batch, channels). A batch is normalised by `mean` and
-// `variance`, and b may be null.
+// h = ReLU(Norm(W x + b)) for the means x, where b may be null. The mean and the variance (2, width) that it is
+// normalised by are given, or are those of the batch, which are written to `found`, the variance without bias.
 template <typename S>
-void find_hidden(const Attention& p, double eps, const S* means, const S* weight, const S* bias, const S* mean,
-                 const S* variance, const S* scale, const S* shift, S* hidden) {
+void find_hidden(const Attention& p, double eps, const S* weight, const S* bias, const S* mean, const S* variance,
+                 const S* scale, const S* shift, const Trace<S>& trace, S* found) {
 #pragma omp for schedule(static)
   for (Int j = 0; j < p.width; j++) {
-    const S first = bias ? bias[j] : 0, factor = p.layer_norm ? 0 : scale[j] / std::sqrt(variance[j] + S(eps));
-    for (Int image = 0; image < p.batch; image++) {
-      const S value = dot(p.channels, means + image * p.channels, weight + j * p.channels) + first;
-      hidden[image * p.width + j] = p.layer_norm ? value : std::max<S>((value - mean[j]) * factor + shift[j], 0);
+    S* values = trace.normal + j;
+    for (Int at = 0, image = 0; image < p.batch; image++, at += p.width)
+      values[at] = dot(p.channels, trace.means + image * p.channels, weight + j * p.channels) + (bias ? bias[j] : 0);
+    if (p.norm == OWN) continue;
+    S centre, spread = 0;
+    if (p.norm == OF_BATCH) {
+      S sum = 0;
+      for (Int at = 0; at < p.batch * p.width; at += p.width) sum += values[at];
+      centre = sum / p.batch;
+      for (Int at = 0; at < p.batch * p.width; at += p.width) spread += (values[at] - centre) * (values[at] - centre);
+      found[j] = centre;
+      found[p.width + j] = spread / (p.batch - 1);
+      spread /= p.batch;
+    } else {
+      centre = mean[j];
+      spread = variance[j];
+    }
+    const S inverse = trace.inverse[j] = 1 / std::sqrt(spread + S(eps));
+    for (Int at = 0; at < p.batch * p.width; at += p.width) {
+      values[at] = (values[at] - centre) * inverse;
+      trace.hidden[at + j] = std::max<S>(values[at] * scale[j] + shift[j], 0);
     }
   }
-  if (!p.layer_norm) return;
+  if (p.norm != OWN) return;
 #pragma omp for schedule(static)
   for (Int image = 0; image < p.batch; image++) {
-    S* h = hidden + image * p.width;
-    const S centre = sum<S>(p.width, [=](auto lanes, Int i) { return load<lanes>(h + i); }) / p.width;
-    for (Int j = 0; j < p.width; j++) h[j] -= centre;
-    const S factor = 1 / std::sqrt(dot(p.width, h, h) / p.width + S(eps));
-    for (Int j = 0; j < p.width; j++) h[j] = std::max<S>(h[j] * factor * scale[j] + shift[j], 0);
+    S *values = trace.normal + image * p.width, *h = trace.hidden + image * p.width;
+    const S centre = sum<S>(p.width, [=](auto lanes, Int i) { return load<lanes>(values + i); }) / p.width;
+    for (Int j = 0; j < p.width; j++) values[j] -= centre;
+    const S inverse = trace.inverse[image] = 1 / std::sqrt(dot(p.width, values, values) / p.width + S(eps));
+    for (Int j = 0; j < p.width; j++) h[j] = std::max<S>((values[j] *= inverse) * scale[j] + shift[j], 0);
   }
 }
 
@@ -160,7 +178,7 @@ void find_folded(const Attention& p, double eps, const S* hidden, const S* weigh
   });
 }
 
-// Gradients of h, to which all mixtures add, and of weights and biases, given that of α. Each thread adds up its own
+// Gradients of h, to which all mixtures add, of weights and biases, given that of α. Each thread adds up its own
 // gradient of h, (threads, batch, width), which starts at zero.
 template <typename S>
 void find_gradients(const Attention& p, double eps, const S* grad, const S* hidden, const S* weight, const S* bias,
@@ -195,6 +213,58 @@ void find_gradients(const Attention& p, double eps, const S* grad, const S* hidd
   }
 }
 
+// The gradients of means, one for each pixel, and of what h is found with, given those of h that threads have summed.
+template <typename S>
+void find_hidden_gradients(const Attention& p, Int threads, const S* grad_hidden, const Trace<S>& trace,
+                           const S* weight, const S* scale, S* received, S* each, S* grad_weight, S* grad_bias,
+                           S* grad_scale, S* grad_shift) {
+  const Int size = p.batch * p.width;
+#pragma omp for schedule(static)
+  for (Int j = 0; j < p.width; j++) {
+    S total = 0, along = 0;
+    for (Int at = j; at < size; at += p.width) {
+      S grad = 0;
+      if (!(trace.hidden[at] <= 0))
+        for (Int thread = 0; thread < threads; thread++) grad += grad_hidden[thread * size + at];
+      total += grad;
+      along += grad * trace.normal[at];
+      received[at] = grad * scale[j];
+    }
+    grad_shift[j] = total;
+    grad_scale[j] = along;
+    if (p.norm == OWN) continue;
+    const S common = p.norm == OF_BATCH ? scale[j] / p.batch : 0, inverse = trace.inverse[j];
+    for (Int at = j; at < size; at += p.width)
+      received[at] = (received[at] - common * (total + trace.normal[at] * along)) * inverse;
+  }
+  if (p.norm == OWN) {
+#pragma omp for schedule(static)
+    for (Int image = 0; image < p.batch; image++) {
+      S* own = received + image * p.width;
+      const S *normal = trace.normal + image * p.width, along = dot(p.width, own, normal) / p.width;
+      const S mean = sum<S>(p.width, [=](auto lanes, Int i) { return load<lanes>(own + i); }) / p.width;
+      for (Int j = 0; j < p.width; j++) own[j] = (own[j] - mean - normal[j] * along) * trace.inverse[image];
+    }
+  }
+  if (grad_bias) {
+#pragma omp for schedule(static)
+    for (Int j = 0; j < p.width; j++) {
+      grad_bias[j] = 0;
+      for (Int at = j; at < size; at += p.width) grad_bias[j] += received[at];
+    }
+  }
+#pragma omp for schedule(static)
+  for (Int first = 0; first < p.channels; first += COLUMNS) {
+    const Int columns = std::min(COLUMNS, p.channels - first);
+    multiply<S>(p.width, columns, p.batch, Left<S>{received, 1, p.width}, Right<S>{trace.means + first, p.channels},
+                grad_weight + first, p.channels, WRITE);
+    multiply<S>(p.batch, columns, p.width, Left<S>{received, p.width, 1}, Right<S>{weight + first, p.channels},
+                each + first, p.channels, WRITE);
+    for (Int image = 0; image < p.batch; image++)
+      for (Int i = 0; i < columns; i++) each[image * p.channels + first + i] /= p.pixels;
+  }
+}
+
 }  // namespace
 
 #define EXPORT(T)                                                                                                   \
@@ -203,20 +273,31 @@ void find_gradients(const Attention& p, double eps, const S* grad, const S* hidd
     _Pragma("omp parallel num_threads(threads)") pool(p, x, sums.data, means);                                      \
   }                                                                                                                 \
   /* Without β, of a folded layer. */                                                                               \
+  extern "C" void attention_traced_##T(const Attention& p, double norm_eps, double eps, Int threads, const T* x,    \
+                                       const Sum<T>* weight1, const Sum<T>* bias1, const Sum<T>* mean,              \
+                                       const Sum<T>* variance, const Sum<T>* scale, const Sum<T>* shift,            \
+                                       const Sum<T>* weight2, const Sum<T>* bias2, const Sum<T>* assignment,        \
+                                       const Sum<T>* temperature, Sum<T>* alpha, Sum<T>* room, Sum<T>* found) {     \
+    const Buffer<Sum<T>> sums(p.room());                                                                            \
+    const Trace<Sum<T>> trace(p, room);                                                                             \
+    if (temperature) *trace.temperature = *temperature;                                                             \
+    _Pragma("omp parallel num_threads(threads)") {                                                                  \
+      pool(p, x, sums.data, trace.means);                                                                           \
+      find_hidden(p, norm_eps, weight1, bias1, mean, variance, scale, shift, trace, found);                         \
+      if (assignment)                                                                                               \
+        find_coefficients(p, eps, trace.hidden, weight2, bias2, assignment, *temperature, alpha);                   \
+      else                                                                                                          \
+        find_folded(p, eps, trace.hidden, weight2, bias2, alpha);                                                   \
+    }                                                                                                               \
+  }                                                                                                                 \
   extern "C" void attention_##T(const Attention& p, double norm_eps, double eps, Int threads, const T* x,           \
                                 const Sum<T>* weight1, const Sum<T>* bias1, const Sum<T>* mean,                     \
                                 const Sum<T>* variance, const Sum<T>* scale, const Sum<T>* shift,                   \
                                 const Sum<T>* weight2, const Sum<T>* bias2, const Sum<T>* assignment,               \
                                 const Sum<T>* temperature, Sum<T>* alpha) {                                         \
-    const Buffer<Sum<T>> sums(p.room()), means(p.batch * p.channels), hidden(p.batch * p.width);                    \
-    _Pragma("omp parallel num_threads(threads)") {                                                                  \
-      pool(p, x, sums.data, means.data);                                                                            \
-      find_hidden(p, norm_eps, means.data, weight1, bias1, mean, variance, scale, shift, hidden.data);              \
-      if (assignment)                                                                                               \
-        find_coefficients(p, eps, hidden.data, weight2, bias2, assignment, *temperature, alpha);                    \
-      else                                                                                                          \
-        find_folded(p, eps, hidden.data, weight2, bias2, alpha);                                                    \
-    }                                                                                                               \
+    const Buffer<Sum<T>> room(p.trace());                                                                           \
+    attention_traced_##T(p, norm_eps, eps, threads, x, weight1, bias1, mean, variance, scale, shift, weight2,       \
+                         bias2, assignment, temperature, alpha, room.data, nullptr);                                \
   }
 EXPORT(float)
 EXPORT(double)
@@ -233,6 +314,21 @@ EXPORT(bfloat16)
                                              S* grad_hidden, S* grad_weight, S* grad_bias) {                        \
     _Pragma("omp parallel num_threads(threads)")                                                                    \
         find_gradients(p, eps, grad, hidden, weight, bias, *temperature, grad_hidden, grad_weight, grad_bias);      \
+  }                                                                                                                 \
+  extern "C" void attention_gradients_##S(const Attention& p, double eps, Int threads, const S* grad, S* room,      \
+                                          const S* weight1, const S* scale, const S* weight2, const S* bias2,       \
+                                          S* each, S* grad_weight1, S* grad_bias1, S* grad_scale, S* grad_shift,    \
+                                          S* grad_weight2, S* grad_bias2) {                                         \
+    const Int size = p.batch * p.width;                                                                             \
+    const Buffer<S> grad_hidden(threads * size), received(size);                                                    \
+    const Trace<S> trace(p, room);                                                                                  \
+    std::fill_n(grad_hidden.data, threads * size, 0);                                                               \
+    _Pragma("omp parallel num_threads(threads)") {                                                                  \
+      find_gradients(p, eps, grad, trace.hidden, weight2, bias2, *trace.temperature, grad_hidden.data,              \
+                     grad_weight2, grad_bias2);                                                                     \
+      find_hidden_gradients(p, threads, grad_hidden.data, trace, weight1, scale, received.data, each,               \
+                            grad_weight1, grad_bias1, grad_scale, grad_shift);                                      \
+    }                                                                                                               \
   }
 EXPORT_COEFFICIENTS(float)
 EXPORT_COEFFICIENTS(double)

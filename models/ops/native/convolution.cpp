@@ -203,9 +203,10 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const Sum<T>* 
                                     const Sum<T>* each, T* grad_x) {                                                   \
     gradient_of_x(p, threads, alpha, cells, grad, each, grad_x);                                                       \
   }                                                                                                                    \
-  extern "C" void gradients_of_mixing_##T(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells,          \
-                                          const T* x, const T* grad, Sum<T>* grad_alpha, Sum<T>* grad_cells) {         \
-    gradients_of_mixing(p, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                                    \
+  extern "C" void gradients_of_mixing_##T(const Problem& p, Int add, Int threads, const T* alpha,                      \
+                                          const Sum<T>* cells, const T* x, const T* grad, Sum<T>* grad_alpha,          \
+                                          Sum<T>* grad_cells) {                                                        \
+    gradients_of_mixing(p, add, threads, alpha, cells, x, grad, grad_alpha, grad_cells);                               \
   }
 EXPORT(float)
 EXPORT(double)

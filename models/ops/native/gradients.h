@@ -137,9 +137,10 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   });
 }
 
+// Those of the cells are written, or added to what is there already.
 template <typename T>
-void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Sum<T>* cells, const T* x, const T* grad,
-                         Sum<T>* grad_alpha, Sum<T>* grad_cells) {
+void gradients_of_mixing(const Problem& p, bool add, Int threads, const T* alpha, const Sum<T>* cells, const T* x,
+                         const T* grad, Sum<T>* grad_alpha, Sum<T>* grad_cells) {
   const Lines lines(p);
   const Int parts = p.parts(), units = p.units(), padded = round_up(p.cells);
   const Parts all_channels = {p.cin, ceil_div(p.cin, SPAN<T>), LANES<T>};
@@ -183,7 +184,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const Su
                          correlating);
           }
           const Int mixture = first * parts, at = row * p.cells * p.cin + channel;
-          const Store how = first > 0 ? ADD : far && aligned ? STREAM : WRITE;
+          const Store how = add || first > 0 ? ADD : far && aligned ? STREAM : WRITE;
           unmix<T>(p, coefficients.data + mixture * coefficients.row, coefficients.row, cells + at, kernels.data,
                    count * parts, rows, channels, size, how, unmixing, own_alpha + mixture * padded, grad_cells + at);
         }

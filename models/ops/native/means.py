@@ -31,10 +31,10 @@ def attention_sizes(
     width: int = 0,
     mixtures: int = 0,
     cells: int = 0,
-    layer_norm: bool = False,
+    norm: int = 0,
 ) -> ctypes.Array[ctypes.c_int64]:
-    """`Attention` of attention.cpp, for images (B, C, *spatial)."""
-    return _laid_out(tuple(shape), channels_last, width, mixtures, cells, layer_norm)
+    """`Attention` of attention.h, for images (B, C, *spatial)."""
+    return _laid_out(tuple(shape), channels_last, width, mixtures, cells, norm)
 
 
 @functools.lru_cache(1024)

@@ -234,11 +234,13 @@ void unmix(const Problem& p, const Word<T>* alpha, Int alpha_row, const Sum<T>* 
       for (Int i = 0; i < strip; i += together) {
         const Int few = std::min(together, strip - i), at = (cell + i) * p.cin;
         const Left<T> left = {coefficients.data + (cell + i) * coefficients.row, coefficients.row, 1};
-        if (how != STREAM) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
-        multiply<T>(few, channels, filled<T>(mixtures), left, received, grad_cells + at, p.cin, how,
-                    {next + i / 2 * p.cin, (i + few) / 2 - i / 2, p.cin, channels});
+        if (how == WRITE) ask_for<1>(grad_cells + at + row, few, p.cin, channels);
+        const Early early = how == ADD ? Early(grad_cells + at + row, few, p.cin, channels)
+                                       : Early(next + i / 2 * p.cin, (i + few) / 2 - i / 2, p.cin, channels);
+        multiply<T>(few, channels, filled<T>(mixtures), left, received, grad_cells + at, p.cin, how, early);
       }
-      const Early early(next + half * p.cin, strip - half, p.cin, channels);
+      const Int asked = how == ADD ? 0 : half;
+      const Early early(next + asked * p.cin, strip - asked, p.cin, channels);
       if constexpr (!PAIRED<T>) {
         if (turns_kernels) {
           multiply<T>(strip, mixtures, channels, {own, p.cin, 1}, {room.turned.data, mixtures},

@@ -1,12 +1,14 @@
 """Functions as operators of torch: a graph, a trace or a profile shows each as one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 
-def operator(name: str, fake: Callable, cuda: Callable | None = None) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Make a function the operator `kernelwarehouse::name` for a CPU, which changes none of its arguments.
+def operator(
+    name: str, fake: Callable, cuda: Callable | None = None, changes: Iterable[str] = ()
+) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Make a function the operator `kernelwarehouse::name` for a CPU.
 
     A call costs half of one by `torch.library.custom_op`, since autograd does not look at it: it belongs into the
     forward or backward of an autograd Function, or where nothing is recorded.
@@ -15,11 +17,12 @@ def operator(name: str, fake: Callable, cuda: Callable | None = None) -> Callabl
         name: Of the operator.
         fake: Makes an uninitialised result, of the right shape and layout, from the same arguments.
         cuda: What computes it on a GPU, if anything does.
+        changes: Names of the arguments that it writes to.
     """
 
     def register(function: Callable) -> torch._ops.OpOverload:
         qualified = f"kernelwarehouse::{name}"
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=changes)
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "cpu", function)
         if cuda:
