@@ -1,7 +1,8 @@
 """The attention as an operator: in C++ for a CPU, by Triton on a GPU.
 
 A small layer's convolution takes as long as two or three of torch's operators, of which the module takes a dozen. On a
-CPU, inference takes one from images to coefficients; on a GPU, and in training, one from the hidden vector on.
+CPU, inference takes one from images to coefficients; on a GPU, and in training (but see `attention_training`), one from
+the hidden vector on.
 """
 
 import ctypes
