@@ -16,6 +16,7 @@ from .models import (
     plan_conversion,
     set_implementation,
     set_temperature,
+    tune,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "plan_conversion",
     "set_implementation",
     "set_temperature",
+    "tune",
 ]

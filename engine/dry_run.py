@@ -13,6 +13,7 @@ from kernelwarehouse.models import conversion_plan
 from .amp import autocast
 from .optim import build_optimizer
 from .state import Training
+from .tuning import trial_images
 
 # A CPU takes time in proportion to the images, so a few of them tell; a GPU is tried with the whole micro-batch.
 CPU_IMAGES = 8
@@ -54,11 +55,9 @@ def describe(training: Training) -> str:
 
 def _try_micro_batch(training: Training) -> tuple[float, int]:
     """Seconds for forward and backward of a micro-batch, and bytes that its forward pass keeps for the backward."""
-    run, model, device = training.run, training.config.model, training.world.device
+    run, device = training.run, training.world.device
     count = run.batch_size if device.type == "cuda" else min(run.batch_size, CPU_IMAGES)
-    images = torch.randn(count, model.in_chans, model.input_size, model.input_size, device=device)
-    if run.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+    images = trial_images(training.config, count, device)
     known = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
     kept: dict[int, int] = {}
 

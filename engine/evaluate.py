@@ -116,8 +116,11 @@ def _outputs(model: nn.Module, loader: DataLoader, run: RunConfig, world: World)
     model.eval()
     for images, targets in loader:
         labels = targets.to(world.device, non_blocking=True).view(len(targets), -1)
+        images = images.to(world.device, non_blocking=True)
+        if run.channels_last:
+            images = images.to(memory_format=torch.channels_last)
         with autocast(run, world.device):
-            logits = model(images.to(world.device, non_blocking=True))
+            logits = model(images)
         yield logits.float(), labels
 
 

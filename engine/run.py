@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from .resume import check_agreement, find_checkpoint, keep_total_batch, resume
 from .signals import heed_signals
 from .state import NonFiniteLossError, Training
 from .train import train_epoch
+from .tuning import tune_for
 
 
 def evaluate_run(config: Config, world: World) -> Metrics:
@@ -48,9 +50,8 @@ def evaluate_run(config: Config, world: World) -> Metrics:
         raise ConfigError("field 'resume': nothing to evaluate; pass --resume CHECKPOINT, or --pretrained true")
     check_outputs(run, world)
     sizes = run.eval_sizes or (config.model.input_size,)
-    loaders = {
-        size: _eval_loader(replace(config, model=replace(config.model, input_size=size)), world) for size in sizes
-    }
+    configs = {size: replace(config, model=replace(config.model, input_size=size)) for size in sizes}
+    loaders = {size: _eval_loader(sized, world) for size, sized in configs.items()}
     model = _build(config)
     if run.resume:
         content = read_checkpoint(run.resume)
@@ -58,9 +59,14 @@ def evaluate_run(config: Config, world: World) -> Metrics:
         # Ours say at which temperature the weights were trained last; every other file is taken as trained to the end.
         set_temperature(model, content.get("temperature", 0.0))
     model, parameters = model.to(world.device), parameter_count(model)
+    if run.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     with RunLog(run, world) as log:
         for size, loader in loaders.items():
-            metrics, predictions = predict(at_size(model, size), loader, run, world)
+            network = at_size(model, size)
+            if run.tune:
+                tune_for(network, configs[size], world, training=False)
+            metrics, predictions = predict(network, loader, run, world)
             rate = metrics.images / metrics.seconds
             log.keep(
                 "eval.json",
@@ -148,6 +154,10 @@ def _prepare(config: Config, world: World) -> tuple[Training, DataLoader, DataLo
         resume(training, found)
     path = found.path if found else None
     check_agreement(training, path)
+    if run.tune:
+        tune_for(training.model, config, world, training=True)
+        if eval_loader:
+            tune_for(training.model, config, world, training=False)
     return training, train_loader, eval_loader, path
 
 

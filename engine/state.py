@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kernelwarehouse.models import CheckpointError, conversion_plan, set_temperature, warehouse_users
+from kernelwarehouse.models.ops.kernel_warehouse.tuned import remembered
+from kernelwarehouse.models.tuning import recall
 from kernelwarehouse.schema import Config, ConfigError, RunConfig
 
 from .amp import grad_scaler
@@ -160,6 +162,7 @@ class Training:
             "processes": self.world.gather({"generators": generator_states(), "losses": self.losses.tolist()}),
             "config": self.config.to_fields(),
             "plan": plan.to_dict() if plan else None,
+            "tuned": remembered() if self.run.tune else {},
             "versions": {name: version(name) for name in ("torch", "timm", "kernelwarehouse")},
         }
         if self.ema is not None:
@@ -182,6 +185,8 @@ class Training:
                 self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
         except (RuntimeError, ValueError) as e:
             raise CheckpointError(f"the checkpoint belongs to another model or optimizer: {e}") from e
+        if self.run.tune:
+            recall(state.get("tuned", {}))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"] + 1, dict(state["best"])

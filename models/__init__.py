@@ -17,6 +17,7 @@ from .convert import conversion_plan, convert_, plan_conversion, remove_unused_w
 from .fold import fold_
 from .ops.kernel_warehouse import set_implementation, set_temperature
 from .plan import ConversionPlan
+from .tuning import tune
 
 __all__ = [
     "DEFAULT_KEY",
@@ -39,6 +40,7 @@ __all__ = [
     "set_implementation",
     "set_temperature",
     "to_upstream",
+    "tune",
     "upstream_names",
     "warehouse_users",
 ]

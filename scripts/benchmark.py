@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from timing import chart, layers
-from timing.clock import PRECISIONS, arithmetic, measure, step
+from timing.clock import PRECISIONS, arithmetic, autocast, step
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
 from timing.networks import FOLDED, Contender, Pair, compiled
@@ -38,6 +38,7 @@ from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import fold_
 from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
+from kernelwarehouse.models.tuning import distinct_layers, implementations, measure, tune
 
 TOLERANCE = 1e-9
 SWEEPS = {
@@ -181,6 +182,11 @@ def time_networks(
                 torch.compiler.reset()
                 networks = {who: (compiled(net, arguments.compile), x) for who, (net, x) in networks.items()}
                 warm_up = 3  # which is when a graph of kernels is captured
+            if arguments.tune:
+                for contender, network in networks.items():
+                    if contender.name == "ours":
+                        with arithmetic(precision), autocast(precision, device):
+                            tune(*network, training=train)
             for contender, seconds in time_case(networks, mode, precision, arguments.rounds, warm_up).items():
                 floor = case.static_floor if contender.implementation is None else case.floor
                 least = floor.seconds(batch, train, precision, machine)
@@ -218,15 +224,15 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
 def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Print a table of layers for each mode, precision and batch, and return what JSON keeps."""
     (case,) = read_cases(arguments)
-    parity = check_case(case, 64, [*layers.names(device), "folded"], device)
+    parity = check_case(case, 64, [*implementations(device), "folded"], device)
     print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
     for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
-        net.train(mode == "train")
-        found = layers.distinct_layers(net, contender.images(batch, device), precision)
+        with autocast(precision, device):
+            found = distinct_layers(net, contender.images(batch, device), mode == "train")
         for layer in found:
-            layers.time_layer(layer, mode == "train", precision, arguments.rounds)
+            layers.time_layer(layer, precision, arguments.rounds)
         print(f"\n{mode}, {precision}, batches of {batch}: milliseconds\n\n{layers.table(found)}", flush=True)
         rows = [layers.record(layer) for layer in found]
         kept.append({"mode": mode, "precision": precision, "batch": batch, "layers": rows})
@@ -252,6 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     modes = ("default", "reduce-overhead", "max-autotune")
     text = "compile every network by torch.compile; a GPU captures graphs of its kernels with reduce-overhead"
     add("--compile", nargs="?", const=modes[0], choices=modes, help=text)
+    add("--tune", action="store_true", help="let ours take in each layer what is measured to be fastest first")
     add("--size", type=_positive(int), metavar="N", help="side of the images; default: the configuration's")
     add("--rounds", type=_positive(int), default=7, metavar="N", help="default: %(default)s")
     add("--memory", action="store_true", help="measure the peak of memory too, each in a process of its own")
@@ -272,6 +279,8 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError("--layers goes with none of --sweep, --plot, --memory, --implementation and --compile")
     if arguments.compile and arguments.memory:
         raise ConfigError("--memory is measured of networks that are not compiled; leave out --compile")
+    if arguments.tune and (arguments.layers or arguments.memory or arguments.compile):
+        raise ConfigError("--tune goes with none of --layers, --memory and --compile")
     if arguments.values and not arguments.sweep:
         raise ConfigError("--values means nothing without --sweep")
     arguments.varies = {"resolution": "side", None: "batch"}.get(arguments.sweep, arguments.sweep)
@@ -319,7 +328,7 @@ def _positive(kind: type) -> Callable[[str], float]:
 
 
 def _heading(arguments: argparse.Namespace, device: torch.device) -> str:
-    way = f", torch.compile ({arguments.compile})" if arguments.compile else ""
+    way = f", torch.compile ({arguments.compile})" if arguments.compile else ", tuned" if arguments.tune else ""
     return f"{Path(arguments.model).stem}, {_where(device)}, torch {torch.__version__}{way}"
 
 

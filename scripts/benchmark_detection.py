@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from benchmark import check_parity
 from mmengine.config import Config
-from timing.clock import PRECISIONS, arithmetic, autocast, measure
+from timing.clock import PRECISIONS, arithmetic, autocast
 from timing.networks import LAYOUTS
 from torch import nn
 
 import kernelwarehouse.detection  # noqa: F401  # prepares mmdet, which is imported after it
 from kernelwarehouse import ConfigError, build_model
 from kernelwarehouse.engine.outputs import check_file
+from kernelwarehouse.models.tuning import measure
 
 # isort: split
 from mmdet.registry import MODELS

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kernelwarehouse.models import tuning
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, native
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -276,7 +277,7 @@ def test_layers_are_timed_by_every_implementation(benchmark, monkeypatch, capsys
 
 
 def test_what_would_write_too_much_is_not_tried(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.layers, "MOST_BYTES", 0)
+    monkeypatch.setattr(tuning, "MOST_BYTES", 0)
     assert run(benchmark, monkeypatch, "--layers", "--mode", "infer") == 0
     *layers, total = table(capsys.readouterr().out)
     for row in (*layers, total):

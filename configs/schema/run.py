@@ -28,6 +28,8 @@ class RunConfig:
         use_amp: Mixed precision.
         amp_dtype: Type of mixed precision; float16 scales the loss.
         channels_last: Images and kernels with their channels innermost, which tensor cores prefer.
+        tune: Time every implementation in each layer first, for batches of this run on this device, and take the
+            fastest; checkpoints keep what was found.
         compile: Compile the training's forward and backward passes (torch.compile).
         sync_bn: Normalise over the batches of all processes together; GPUs only.
         freeze: Regular expressions over parameter names; a parameter that one matches entirely is not trained. Shared
@@ -108,6 +110,7 @@ class RunConfig:
     use_amp: bool = False
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
     channels_last: bool = False
+    tune: bool = False
     compile: bool = False
     sync_bn: bool = False
     freeze: tuple[str, ...] = ()
@@ -183,6 +186,7 @@ class RunConfig:
         self._require("eval_sizes", all(size >= 1 for size in self.eval_sizes), "at least 1 pixel each")
         one_size = len(self.eval_sizes) < 2 or not (self.per_class or self.confusion or self.predictions)
         self._require("eval_sizes", one_size, "a single size where predictions are written or drawn")
+        self._require("tune", not (self.tune and self.compile), "false with 'compile', which is code of its own")
         self._require("lr", self.lr > 0, "positive")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "positive, or null for none")

@@ -1,7 +1,6 @@
 """What is timed, and how: steps of inference or training in one precision, in rounds that take turns."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,24 +44,3 @@ def step(net: nn.Module, x: Tensor, train: bool, precision: str = "fp32") -> Cal
 
     net.train(train)
     return forward_backward if train else infer
-
-
-def measure(
-    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each step in each round; a round runs every step once, after some rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-warm_up, rounds):
-        for name, run in steps.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

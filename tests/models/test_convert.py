@@ -13,7 +13,7 @@ from kernelwarehouse import KWConfig, build_model, convert_, plan_conversion, se
 from kernelwarehouse.models import remove_unused_warehouses_, warehouse_users
 from kernelwarehouse.models.backbones import find_family
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv3d, KWLayer, KWLinear
-from kernelwarehouse.models.ops.kernel_warehouse.layer import KWConvNd
+from kernelwarehouse.models.ops.kernel_warehouse.layers import KWConvNd
 
 
 def narrow_resnet(**kwargs):

@@ -1,7 +1,8 @@
 """KernelWarehouse (ICML 2024): kernels mixed, per input, from a warehouse of cells shared by a stage's layers."""
 
 from .attention import Attention
-from .layer import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, set_implementation
+from .layer import KWLayer, set_implementation
+from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
 from .mixing import mix
 from .partition import Partition, assign, count_cells, share_cells

@@ -1,4 +1,4 @@
-"""KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
+"""KWLayer: what all layers have in common whose kernels are mixed from a shared warehouse."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..exporting import exporting
-from ..geometry import Geometry, Padding
+from ..geometry import Geometry
 from .attention import EPSILON, LEAST_HIDDEN, Attention, pool
 from .attention_operator import attend_at_once, attends_at_once
 from .chained import chained_conv, chains
@@ -17,6 +17,7 @@ from .mixing import cut, mix
 from .native_inference import infers_at_once, native_inference
 from .native_training import native_training, trains_at_once
 from .partition import Partition, assign
+from .tuned import Call, anything_tuned, device_name, tuned
 from .warehouse import Warehouses
 
 NAMES = (*IMPLEMENTATIONS, CHAINED)
@@ -26,7 +27,8 @@ class KWLayer(nn.Module):
     """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
 
     Attributes:
-        implementation: "auto" takes what costs least for the sizes at hand; a name in `NAMES` forces that one.
+        implementation: "auto" takes what was measured to be the fastest for the sizes at hand (see `tuned`), or else
+            what should cost least; a name in `NAMES` forces that one.
         products: Attention and cells as one product, in a folded layer; None elsewhere.
 
     Args:
@@ -97,35 +99,62 @@ class KWLayer(nn.Module):
         """The cells (n, *cell) of the layer's warehouse."""
         return self.warehouses.cells(self.warehouse)
 
+    def as_images(self, x: Tensor) -> Tensor:
+        """The layer's input as images (B, Cin, *spatial)."""
+        return x
+
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
         if self.products is not None:
             if self.training:
                 raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
-        if compute := self._kernels_first(x) or self._at_once(x):
+        implementation = self._implementation(x)
+        if compute := self._kernels_first(x, implementation) or self._at_once(x, implementation):
             temperature = self.warehouses.temperature
             return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
-        alpha, x = self._attend(x)
-        return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, self.implementation, self.bias)
+        alpha, x = self._attend(x, implementation)
+        return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, implementation, self.bias)
 
-    def _kernels_first(self, x: Tensor) -> Callable[..., Tensor] | None:
+    def call(self, x: Tensor) -> Call:
+        """What decides how images x (B, Cin, *spatial) are convolved fastest, here and now."""
+        return Call(
+            self.partition,
+            self.geometry,
+            len(self.cells),
+            self.attention.fc1.out_features,
+            self.attention.num_basis,
+            tuple(x.shape),
+            x.stride(1) == 1,
+            x.dtype,
+            computing_type(x),
+            torch.is_grad_enabled(),
+            device_name(x.device),
+        )
+
+    def _implementation(self, x: Tensor) -> str:
+        # A graph is made of other operations than those that were timed.
+        if self.implementation != "auto" or not anything_tuned() or torch.compiler.is_compiling() or exporting():
+            return self.implementation
+        return tuned(self.call(x)) or "auto"
+
+    def _kernels_first(self, x: Tensor, implementation: str) -> Callable[..., Tensor] | None:
         """What multiplies attention and cells first, for all of a batch, if that is asked for or less work."""
-        wanted = self.implementation == CHAINED or self._saves_by_products(x)
+        wanted = implementation == CHAINED or self._saves_by_products(x, implementation)
         if not (wanted and chains(self.attention, self.partition, self.geometry)):
             return None
-        return functools.partial(chained_conv, fused=self.implementation == "fused")
+        return functools.partial(chained_conv, fused=implementation == "fused")
 
-    def _saves_by_products(self, x: Tensor) -> bool:
+    def _saves_by_products(self, x: Tensor, implementation: str) -> bool:
         # They are rows for each hidden value, where otherwise there is a row for each sample.
-        if self.implementation not in ("auto", "fused") or exporting() or x.shape[0] <= LEAST_HIDDEN:
+        if implementation not in ("auto", "fused") or exporting() or x.shape[0] <= LEAST_HIDDEN:
             return False
         hidden, n = self.attention.fc1.out_features, self.cells.shape[0]
-        if self.implementation == "fused":
+        if implementation == "fused":
             return (hidden + 2) * (n + x.shape[0]) < n * x.shape[0]
         return choose(self.partition, self.geometry, n, x, hidden, computing_type(x)) == CHAINED
 
-    def _at_once(self, x: Tensor) -> Callable[..., Tensor] | None:
+    def _at_once(self, x: Tensor, implementation: str) -> Callable[..., Tensor] | None:
         """What computes all of the layer for x, if anything does."""
         if torch.is_grad_enabled():
             fits, compute = trains_at_once, native_training
@@ -133,16 +162,16 @@ class KWLayer(nn.Module):
             fits, compute = infers_at_once, native_inference
         can = (
             fits(self.attention, x, self.partition, self.geometry)
-            and attends_at_once(self.attention, x, self.implementation)
+            and attends_at_once(self.attention, x, implementation)
             and computing_type(x) == x.dtype
-            and resolve(self.implementation, self.partition, self.geometry, self.cells.shape[0], x) == "native"
+            and resolve(implementation, self.partition, self.geometry, self.cells.shape[0], x) == "native"
         )
         return compute if can else None
 
-    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""
         temperature = self.warehouses.temperature
-        if attends_at_once(self.attention, x, self.implementation):
+        if attends_at_once(self.attention, x, implementation):
             return attend_at_once(self.attention, x, temperature)
         pooled, x = pool(x)
         return self.attention(pooled, temperature), x
@@ -233,115 +262,3 @@ def set_implementation(model: nn.Module, implementation: str) -> None:
         raise ValueError("the model has no converted layer")
     for layer in layers:
         layer.implementation = implementation
-
-
-class KWConvNd(KWLayer):
-    """y[b] = conv(x[b], W[b]) + bias with W[b] mixed from the warehouse for the sample b.
-
-    The arguments up to `padding_mode` are those of torch's convolution of the same number of dimensions, the others
-    those of `KWLayer`.
-
-    Raises:
-        ValueError: Arguments out of range, channels that groups or cells do not divide.
-    """
-
-    dims: int
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        **share,
-    ):
-        kernel_size = (kernel_size,) * self.dims if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel_size) != self.dims or min(kernel_size) < 1:
-            raise ValueError(f"kernel_size must be {self.dims} positive whole numbers, found {kernel_size}")
-        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(f"{in_channels} → {out_channels} channels cannot be convolved in {groups} groups")
-        super().__init__(in_channels, (out_channels, in_channels // groups, *kernel_size), bias, **share)
-        self.geometry = Geometry.of(kernel_size, stride, padding, dilation, groups, padding_mode)
-        # Under torch's names, for code that inspects convolutions.
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = kernel_size
-        self.stride = self.geometry.stride
-        self.padding = padding if isinstance(padding, str) else tuple(before for before, _ in self.geometry.padding)
-        self.dilation = self.geometry.dilation
-        self.groups = groups
-        self.padding_mode = padding_mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, *spatial) → (B, Cout, *output spatial)."""
-        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
-            sizes = ", ".join("DHW"[-self.dims :])
-            raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        return self.convolve(x)
-
-    def extra_repr(self) -> str:
-        """Describe the module in `print`."""
-        return f"{super().extra_repr()}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
-
-
-class KWConv1d(KWConvNd):
-    """The 1-D form of `KWConvNd`."""
-
-    dims = 1
-
-
-class KWConv2d(KWConvNd):
-    """The 2-D form of `KWConvNd`."""
-
-    dims = 2
-
-
-class KWConv3d(KWConvNd):
-    """The 3-D form of `KWConvNd`."""
-
-    dims = 3
-
-
-class KWLinear(KWLayer):
-    """y[b] = x[b] W[b]ᵀ + bias over the tokens of a sample; the attention pools over the tokens.
-
-    Args:
-        in_features: Size of the input's last dimension.
-        out_features: Size of the output's last dimension.
-        bias: Whether to add a bias.
-        warehouses: As `KWLayer`; the cells are (cout, cin, 1, …) with any number of ones.
-        warehouse: As `KWLayer`.
-        **share: As `KWLayer`.
-
-    Raises:
-        ValueError: Cells that do not divide the matrix.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        warehouses: Warehouses,
-        warehouse: str,
-        **share,
-    ):
-        kernel = (out_features, in_features, *(1,) * (warehouses.cells(warehouse).ndim - 3))
-        super().__init__(in_features, kernel, bias, warehouses=warehouses, warehouse=warehouse, **share)
-        self.geometry = Geometry.of(kernel[2:])  # tokens are the positions of a 1×1 convolution
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *tokens, in_features) → (B, *tokens, out_features); the first dimension is the batch."""
-        if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
-            raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
-        tokens = x.reshape(x.shape[0], -1, *(1,) * (len(self.geometry.stride) - 1), self.in_features)
-        y = self.convolve(tokens.movedim(-1, 1)).movedim(1, -1)
-        return y.reshape(*x.shape[:-1], self.out_features)

@@ -1,0 +1,100 @@
+"""Runs that measure first: what they say and keep, and that nothing but the implementation depends on it."""
+
+import re
+
+import pytest
+import torch
+
+from kernelwarehouse.engine import World, evaluate_run, train_run
+from kernelwarehouse.engine.checkpoint import read_state
+from kernelwarehouse.engine.tuning import tune_for
+from kernelwarehouse.models import build_model
+from kernelwarehouse.models import tuning as models_tuning
+from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
+from kernelwarehouse.schema import ConfigError
+
+CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv", "batch_size": 256, "tune": True, "epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_tuned():
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def fastest(monkeypatch):
+    """A function that makes one implementation take half of the others' time."""
+
+    def make(fast):
+        def measure(steps, rounds, *_, **__):
+            return {name: [0.5 if name == fast else 1.0] * rounds for name in steps}
+
+        monkeypatch.setattr(models_tuning, "measure", measure)
+
+    return make
+
+
+def test_a_training_tunes_both_modes_keeps_what_it_found_and_continues_with_it(
+    tiny_config, cpu, tmp_path, capsys, fastest
+):
+    fastest("streamed")
+    fields = CONVERTED | {"output_dir": str(tmp_path)}
+    train_run(tiny_config(**fields), cpu)
+    said = capsys.readouterr().out
+    for what in ("training", "evaluation"):
+        assert re.search(
+            rf"tuned for {what} in \d+ s: 0 of 10 layers are computed as estimated, others by streamed 10; "
+            r"5e\+03 instead of 1e\+04 ms",
+            said,
+        )
+    kept = read_state(tmp_path / "checkpoint-0.pth")["tuned"]
+    assert kept == remembered()
+    assert {*kept.values()} == {"streamed"}
+    forget()
+    fastest("kernels")  # by now, but a training goes on as it began
+    train_run(tiny_config(**fields | {"epochs": 2}), cpu)
+    assert capsys.readouterr().out.count("0 of 10 layers are computed as estimated, others by streamed 10\n") == 2
+    assert remembered() == kept
+
+
+def test_measuring_changes_nothing_else(tiny_config, cpu, fastest):
+    fastest("auto")
+    tuned = train_run(tiny_config(**CONVERTED), cpu).model.state_dict()
+    assert {*remembered().values()} == {"auto"}
+    plain = train_run(tiny_config(**CONVERTED | {"tune": False}), cpu).model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in tuned.items())
+
+
+def test_an_evaluation_tunes_each_size(tiny_config, cpu, tmp_path, capsys, fastest):
+    fields = CONVERTED | {"output_dir": str(tmp_path), "tune": False}
+    train_run(tiny_config(**fields), cpu)
+    fastest("grouped")
+    run = {"eval": True, "resume": str(tmp_path / "checkpoint-0.pth"), "eval_sizes": [16, 24]}
+    plain = evaluate_run(tiny_config(**fields | run), cpu)
+    capsys.readouterr()
+    tuned = evaluate_run(tiny_config(**fields | run | {"tune": True}), cpu)
+    assert capsys.readouterr().out.count("tuned for evaluation") == 2
+    assert {*remembered().values()} == {"grouped"}
+    assert tuned.acc1 == pytest.approx(plain.acc1, abs=0.5)
+    assert tuned.loss == pytest.approx(plain.loss, rel=1e-4)
+
+
+def test_all_processes_take_what_the_first_one_found(tiny_config, capsys, fastest):
+    class Second(World):
+        def gather(self, value):
+            return [dict.fromkeys(value, "inputs"), value]
+
+    fastest("streamed")
+    config = tiny_config(**CONVERTED)
+    tune_for(build_model(config.model), config, Second(torch.device("cpu"), 1, 2), training=True)
+    assert {*remembered().values()} == {"inputs"}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_static_network_and_a_compiled_one_are_refused(tiny_config, cpu):
+    with pytest.raises(ConfigError, match=r"field 'tune': resnet18: the model has no converted layer"):
+        train_run(tiny_config(tune=True), cpu)
+    with pytest.raises(ConfigError, match=r"field 'tune': must be false with 'compile'"):
+        tiny_config(**CONVERTED, compile=True)

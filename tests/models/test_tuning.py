@@ -1,0 +1,221 @@
+"""Measured implementations: the fastest right one runs, for what it was measured with, and the network stays itself."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from kernelwarehouse.models import KWConfig, convert_, fold_, plan_conversion, set_implementation
+from kernelwarehouse.models import tuning as module
+from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer
+from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
+from kernelwarehouse.models.tuning import recall, tune
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_tuned():
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    net = timm.create_model("resnet18", channels=(8, 8, 16, 16), num_classes=3)
+    return convert_(net, plan_conversion(net, KWConfig(cell_num_ratio=2)))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which one implementation takes half of the others' time; returns what sets it."""
+    fast = []
+
+    def measure(steps, rounds, *_, **__):
+        return {name: [0.5 if name in fast else 1.0] * rounds for name in steps}
+
+    monkeypatch.setattr(module, "measure", measure)
+    return fast.append
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The implementations that were run, in order."""
+    seen = []
+
+    def spied(name, function):
+        def run(*args):
+            seen.append(name)
+            return function(*args)
+
+        return run
+
+    for name, function in IMPLEMENTATIONS.items():
+        monkeypatch.setitem(IMPLEMENTATIONS, name, spied(name, function))
+    return seen
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_fastest_is_taken_for_what_it_was_measured_with(network, x, clock, ran, training):
+    clock("streamed")
+    network.train(training)
+    layers = tune(network, x, training=training)
+    assert {layer.taken for layer in layers} == {"streamed"}
+    assert sum(layer.count for layer in layers) == sum(isinstance(m, KWLayer) for m in network.modules())
+
+    def runs(images, training=training, precision=None):
+        ran.clear()
+        with torch.set_grad_enabled(training), torch.autocast("cpu", precision, enabled=precision is not None):
+            network(images)
+        return ran
+
+    total = sum(layer.count for layer in layers)
+    assert runs(x) == ["streamed"] * total
+    others = [
+        runs(x[:2]).copy(),
+        runs(x.repeat(1, 1, 1, 2)).copy(),
+        runs(x, not training).copy(),
+        runs(x, precision=torch.bfloat16).copy(),
+    ]
+    forget()
+    assert others == [
+        runs(x[:2]).copy(),
+        runs(x.repeat(1, 1, 1, 2)).copy(),
+        runs(x, not training).copy(),
+        runs(x, precision=torch.bfloat16).copy(),
+    ]
+    assert all(other.count("streamed") < total for other in others)
+
+
+def test_a_forced_implementation_stays(network, x, clock, ran):
+    clock("streamed")
+    tune(network, x, training=False)
+    set_implementation(network, "kernels")
+    ran.clear()
+    with torch.no_grad():
+        network(x)
+    assert set(ran) == {"kernels"}
+
+
+def test_a_compiled_network_is_not_tuned(network, x, clock):
+    clock("naive")
+    tune(network.eval(), x, training=False)
+    with torch.no_grad():
+        expected = network(x)
+        graphs = []
+        compiled = torch.compile(network, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_measuring_leaves_the_network_and_the_generators_as_they_were(network, x, training):
+    network.layer1.eval()
+    before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    tune(network, x, training=training, rounds=1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert [m.training for m in network.modules()] == modes
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
+    assert {m.implementation for m in network.modules() if isinstance(m, KWLayer)} == {"auto"}
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_network_that_fails_stays_as_it_was_too(network, x):
+    network.layer4.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune(network, x, training=True)
+    assert all(m.training for m in network.modules())
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_every_implementation_is_timed_and_the_results_stay(network, x, training, precision):
+    network.eval()
+    with warnings.catch_warnings(), torch.autocast("cpu", precision, enabled=precision is not None):
+        warnings.simplefilter("error")  # none is left out
+        with torch.no_grad():
+            before = network(x)
+        layers = tune(network, x, training=training, rounds=1)
+        with torch.no_grad():
+            after = network(x)
+    bound = 1e-4 if precision is None else 0.1
+    assert (after - before).norm() <= bound * before.norm()
+    for layer in layers:
+        tried = {"grouped", "kernels", "streamed", "inputs", "chained", "native"} - {layer.estimated()}
+        assert {*layer.seconds} == {"auto", *(name for name in tried if layer.can_try(name))}
+        assert layer.taken == "auto" or layer.seconds[layer.taken] < layer.seconds["auto"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wrong_implementation_is_left_out_with_a_warning(network, x, clock, monkeypatch, training):
+    """Here its output is right, and the gradient of the cells is not."""
+    clock("grouped")
+    right = IMPLEMENTATIONS["grouped"]
+
+    def wrong(alpha, cells, x, *args):
+        return right(alpha, cells + 0.5 * (cells - cells.detach()), x, *args)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "grouped", wrong)
+    if not training:
+        assert {layer.taken for layer in tune(network, x, training=False)} == {"grouped"}
+        return
+    with pytest.warns(
+        UserWarning, match=r"layer\d.*: implementation 'grouped' is left out: its gradients of"
+    ):
+        layers = tune(network, x, training=True)
+    assert {layer.taken for layer in layers} == {"auto"}
+
+
+def test_one_that_fails_is_left_out_with_a_warning(network, x, clock, monkeypatch):
+    clock("streamed")
+
+    def fail(*_):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "streamed", fail)
+    with pytest.warns(UserWarning, match="'streamed' is left out: RuntimeError: no kernel image is available$"):
+        layers = tune(network, x, training=False)
+    assert {layer.taken for layer in layers} == {"auto"}
+
+
+def test_what_would_write_too_much_is_not_tried(network, x, monkeypatch):
+    monkeypatch.setattr(module, "MOST_BYTES", 0)
+    for layer in tune(network, x, training=False, rounds=1):
+        assert not {"grouped", "kernels", "inputs", "chained"} & {*layer.seconds}
+
+
+def test_what_is_known_is_not_timed_again(network, x, clock):
+    clock("streamed")
+    assert all(layer.seconds for layer in tune(network, x, training=False))
+    known = remembered()
+    again = tune(network, x, training=False)
+    assert not any(layer.seconds for layer in again)
+    assert {layer.taken for layer in again} == {"streamed"}
+    forget()
+    recall({**known, "a call of another version": "an implementation of another version"})
+    assert remembered() == known
+
+
+def test_there_must_be_something_to_tune(network, x):
+    with pytest.raises(ValueError, match="no converted layer"):
+        tune(nn.Conv2d(3, 3, 1), x, training=False)
+    folded = fold_(network.eval(), x)
+    for layer in [m for m in folded.modules() if isinstance(m, KWLayer)]:
+        if layer.products is None:
+            layer.fold()
+    with pytest.raises(ValueError, match="no converted layer"):
+        tune(folded, x, training=False)
