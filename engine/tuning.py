@@ -61,4 +61,4 @@ def _told(layers: Sequence[Layer]) -> str:
         return told  # some were known
     before = sum(layer.count * layer.seconds["auto"] for layer in layers)
     now = sum(layer.count * layer.seconds[layer.taken] for layer in layers)
-    return f"{told}; {1e3 * now:.3g} instead of {1e3 * before:.3g} ms for a batch in all of them"
+    return f"{told}; {1e3 * now:,.1f} instead of {1e3 * before:,.1f} ms for a batch in all of them"

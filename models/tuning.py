@@ -261,7 +261,7 @@ def _problem(run: Callable[[], list[Tensor]], expected: Sequence[Tensor | None],
     for name, part in _RESULTS.items():
         difference, norm = _norm(found[part], expected[part]), _norm(expected[part])
         if not difference <= bound * norm:
-            return f"its {name} differ by {difference / norm:.1e}"
+            return f"its {name} differ by {difference:.1e}, their norm is {norm:.1e}"
     return None
 
 

@@ -187,6 +187,8 @@ class RunConfig:
         one_size = len(self.eval_sizes) < 2 or not (self.per_class or self.confusion or self.predictions)
         self._require("eval_sizes", one_size, "a single size where predictions are written or drawn")
         self._require("tune", not (self.tune and self.compile), "false with 'compile', which is code of its own")
+        alone = "false with 'sync_bn', for which processes would have to time the same together"
+        self._require("tune", not (self.tune and self.sync_bn), alone)
         self._require("lr", self.lr > 0, "positive")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "positive, or null for none")

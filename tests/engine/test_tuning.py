@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 
-from kernelwarehouse.engine import World, evaluate_run, train_run
+from kernelwarehouse.engine import World, evaluate_run, run, train_run
 from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.engine.tuning import tune_for
 from kernelwarehouse.models import build_model
 from kernelwarehouse.models import tuning as models_tuning
+from kernelwarehouse.models.ops.kernel_warehouse import layer
 from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
 from kernelwarehouse.schema import ConfigError
 
@@ -46,7 +47,7 @@ def test_a_training_tunes_both_modes_keeps_what_it_found_and_continues_with_it(
     for what in ("training", "evaluation"):
         assert re.search(
             rf"tuned for {what} in \d+ s: 0 of 10 layers are computed as estimated, others by streamed 10; "
-            r"5e\+03 instead of 1e\+04 ms",
+            r"5,000\.0 instead of 10,000\.0 ms",
             said,
         )
     kept = read_state(tmp_path / "checkpoint-0.pth")["tuned"]
@@ -57,6 +58,24 @@ def test_a_training_tunes_both_modes_keeps_what_it_found_and_continues_with_it(
     train_run(tiny_config(**fields | {"epochs": 2}), cpu)
     assert capsys.readouterr().out.count("0 of 10 layers are computed as estimated, others by streamed 10\n") == 2
     assert remembered() == kept
+
+
+def test_all_full_batches_are_computed_by_what_was_taken(tiny_config, cpu, monkeypatch, fastest):
+    fastest("streamed")
+    found, look, fit = [], layer.tuned, run.fit
+
+    def noted(call):
+        found.append(look(call))
+        return found[-1]
+
+    def after_measuring(*args):
+        found.clear()
+        fit(*args)
+
+    monkeypatch.setattr(layer, "tuned", noted)
+    monkeypatch.setattr(run, "fit", after_measuring)
+    train_run(tiny_config(**CONVERTED), cpu)
+    assert found == ["streamed"] * 10 * (5 + 1) + [None] * 10  # of evaluation's two batches the second is smaller
 
 
 def test_measuring_changes_nothing_else(tiny_config, cpu, fastest):
@@ -71,10 +90,10 @@ def test_an_evaluation_tunes_each_size(tiny_config, cpu, tmp_path, capsys, faste
     fields = CONVERTED | {"output_dir": str(tmp_path), "tune": False}
     train_run(tiny_config(**fields), cpu)
     fastest("grouped")
-    run = {"eval": True, "resume": str(tmp_path / "checkpoint-0.pth"), "eval_sizes": [16, 24]}
-    plain = evaluate_run(tiny_config(**fields | run), cpu)
+    fields |= {"eval": True, "resume": str(tmp_path / "checkpoint-0.pth"), "eval_sizes": [16, 24]}
+    plain = evaluate_run(tiny_config(**fields), cpu)
     capsys.readouterr()
-    tuned = evaluate_run(tiny_config(**fields | run | {"tune": True}), cpu)
+    tuned = evaluate_run(tiny_config(**fields | {"tune": True}), cpu)
     assert capsys.readouterr().out.count("tuned for evaluation") == 2
     assert {*remembered().values()} == {"grouped"}
     assert tuned.acc1 == pytest.approx(plain.acc1, abs=0.5)
@@ -93,8 +112,10 @@ def test_all_processes_take_what_the_first_one_found(tiny_config, capsys, fastes
     assert capsys.readouterr().out == ""
 
 
-def test_a_static_network_and_a_compiled_one_are_refused(tiny_config, cpu):
+def test_what_cannot_be_tuned_is_refused(tiny_config, cpu):
     with pytest.raises(ConfigError, match=r"field 'tune': resnet18: the model has no converted layer"):
         train_run(tiny_config(tune=True), cpu)
     with pytest.raises(ConfigError, match=r"field 'tune': must be false with 'compile'"):
         tiny_config(**CONVERTED, compile=True)
+    with pytest.raises(ConfigError, match=r"field 'tune': must be false with 'sync_bn'"):
+        tiny_config(**CONVERTED, sync_bn=True)

@@ -173,9 +173,7 @@ def test_a_wrong_implementation_is_left_out_with_a_warning(network, x, clock, mo
     if not training:
         assert {layer.taken for layer in tune(network, x, training=False)} == {"grouped"}
         return
-    with pytest.warns(
-        UserWarning, match=r"layer\d.*: implementation 'grouped' is left out: its gradients of"
-    ):
+    with pytest.warns(UserWarning, match=r"layer\d.*: implementation 'grouped' is left out: its gradients of"):
         layers = tune(network, x, training=True)
     assert {layer.taken for layer in layers} == {"auto"}
 
