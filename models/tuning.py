@@ -24,13 +24,9 @@ from .ops.native import can_run
 MOST_BYTES = 1 << 30  # kernels, mixed inputs or products beyond it are not tried
 _FASTER = 0.97  # of the time of what is estimated to be fastest: anything nearer is the clock's
 _ROUNDING = 2  # times the root of what a type rounds by: results that differ by more are wrong
-_RESULTS = {
-    "outputs": slice(0, 1),
-    "gradients of the input": slice(1, 2),
-    "gradients of the cells": slice(2, 3),
-    "gradients of parameters": slice(3, None),
-}
 _NEAR = 1.5  # times the least time of the first round: anything beyond is not timed again
+
+Results = dict[str, list[Tensor | None]]  # outputs, and gradients of each kind
 
 
 @dataclass
@@ -40,7 +36,7 @@ class Layer:
     Attributes:
         name: Of the first of them.
         module: A copy of it, of the network's cells.
-        x: Its input.
+        x: Its input, which requires a gradient if it does in the network.
         y: Its output.
         dtype: What it computes in.
         count: How many there are.
@@ -92,15 +88,15 @@ class Layer:
         fits = written * self.x.element_size() <= MOST_BYTES
         return fits and supports("streamed" if name == "folded" else name, partition, self.module.geometry)
 
-    def step(self, implementation: str) -> Callable[[], list[Tensor]]:
-        """What computes the output in one way, and in training the gradients of the input, cells and parameters."""
+    def step(self, implementation: str) -> Callable[[], Results]:
+        """What computes the layer in one way: see the function `step`."""
         module = self.module
-        learned = [p for p in (module.cells, *module.parameters()) if p.requires_grad]
 
         def forward(x: Tensor) -> Tensor:
             module.implementation = implementation
             return module.forward(x)  # without hooks, whose owner does not expect the calls
 
+        learned = {"the cells": [module.cells], "parameters": list(module.parameters())}
         return step(forward, self.x, self.y, learned, self.training)
 
 
@@ -109,7 +105,6 @@ def implementations(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name != "naive" and (name != "fused" or device.type == "cuda"))
 
 
-@torch.no_grad()
 def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
     """Run a network once, as in evaluation, and return its converted layers, those of equal shapes as one.
 
@@ -124,14 +119,15 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
     def note(module: KWLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
         call = module.call(module.as_images(args[0]))
         if call not in layers:
-            seen, dtype = args[0].detach(), computing_type(args[0])
-            layers[call] = Layer(paths[module], module, seen, y.detach(), dtype, training)
+            seen = args[0].detach().requires_grad_(args[0].requires_grad)
+            layers[call] = Layer(paths[module], module, seen, y.detach(), computing_type(seen), training)
         layers[call].count += 1
 
     modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(note) for module in paths]
     try:
-        model.eval()(x)
+        with torch.set_grad_enabled(training):
+            model.eval()(x)
     finally:
         for handle in handles:
             handle.remove()
@@ -145,24 +141,29 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
 
 
 def step(
-    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, learned: Sequence[Tensor], training: bool
-) -> Callable[[], list[Tensor]]:
+    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, learned: Mapping[str, Sequence[Tensor]], training: bool
+) -> Callable[[], Results]:
     """A function that computes the forward pass of x, and in training the gradients of x and of what is learned.
 
-    They are those of ½ ‖y‖², for the output y that is given. It runs under the autocast of its caller, but for the
-    gradients, as training does.
+    They are those of ½ ‖y‖², for the output y that is given, and left out for what requires none. It runs under the
+    autocast of its caller, but for the gradients, as training does.
     """
+    wanted = {name: [t for t in ts if t.requires_grad] for name, ts in {"the input": [x], **learned}.items()}
+    inputs = [t for ts in wanted.values() for t in ts]
 
-    def infer() -> list[Tensor]:
+    def infer() -> Results:
         with torch.inference_mode():
-            return [forward(x)]
+            return {"outputs": [forward(x)]}
 
-    def train() -> list[Tensor]:
-        inputs = [x.detach().requires_grad_(), *learned]
+    def train() -> Results:
         with torch.enable_grad():
-            found = forward(inputs[0])
-        with torch.autocast(x.device.type, enabled=False):
-            return [found.detach(), *torch.autograd.grad(found, inputs, y.to(found.dtype), allow_unused=True)]
+            found = forward(x)
+        results = {"outputs": [found.detach()]}
+        if inputs:
+            with torch.autocast(x.device.type, enabled=False):
+                gradients = iter(torch.autograd.grad(found, inputs, y.to(found.dtype), allow_unused=True))
+            results |= {f"gradients of {name}": [next(gradients) for _ in ts] for name, ts in wanted.items()}
+        return results
 
     return train if training else infer
 
@@ -234,7 +235,7 @@ def _time(layer: Layer, rounds: int) -> dict[str, float]:
     for name in implementations(layer.x.device):
         if name != layer.estimated() and layer.can_try(name):
             steps[name] = layer.step(name)
-            if problem := _problem(steps[name], expected, layer.dtype):
+            if problem := _problem(steps[name], layer, expected):
                 warnings.warn(f"{layer.name}: implementation {name!r} is left out: {problem}", stacklevel=3)
                 del steps[name]
     first = measure(steps, 1, layer.x.device, warm_up=0)
@@ -249,17 +250,17 @@ def _fastest(seconds: Mapping[str, float]) -> str:
     return best if seconds[best] < _FASTER * seconds["auto"] else "auto"
 
 
-def _problem(run: Callable[[], list[Tensor]], expected: Sequence[Tensor | None], dtype: torch.dtype) -> str | None:
+def _problem(run: Callable[[], Results], layer: Layer, expected: Results) -> str | None:
     """Why an implementation cannot be taken, if it cannot."""
     try:
         found = run()
     except Exception as e:  # whatever a compiler or a driver says of a kernel that it cannot run
         return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
-    if expected[0].is_cuda and dtype == torch.float32:
-        dtype = torch.float16  # TF32 has as many digits
-    bound = _ROUNDING * torch.finfo(dtype).eps ** 0.5
-    for name, part in _RESULTS.items():
-        difference, norm = _norm(found[part], expected[part]), _norm(expected[part])
+    # On a GPU products of fp32 may be rounded to TF32, which has as many digits as float16.
+    rounded = torch.float16 if layer.x.is_cuda and layer.dtype == torch.float32 else layer.dtype
+    bound = _ROUNDING * torch.finfo(rounded).eps ** 0.5
+    for name, values in expected.items():
+        difference, norm = _norm(found[name], values), _norm(values)
         if not difference <= bound * norm:
             return f"its {name} differ by {difference:.1e}, their norm is {norm:.1e}"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernelwarehouse.models.ops.kernel_warehouse import KWLinear
 from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
-from kernelwarehouse.models.tuning import Layer, implementations, measure, step
+from kernelwarehouse.models.tuning import Layer, Results, implementations, measure, step
 
 from .clock import HALF, arithmetic, autocast
 from .results import table_head, table_row
@@ -27,18 +27,18 @@ def time_layer(layer: Layer, precision: str, rounds: int) -> None:
     if not layer.training and layer.can_try("folded"):
         folded = copy.deepcopy(module, {id(module.warehouses): module.warehouses})
         folded.fold(HALF.get(precision))
-        steps["folded"] = step(folded, layer.x, layer.y, [], training=False)
+        steps["folded"] = step(folded, layer.x, layer.y, {}, training=False)
     with arithmetic(precision), autocast(precision, device):
         seconds = measure(steps, rounds, device)
     layer.seconds = {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _static_step(layer: Layer) -> Callable[[], list[Tensor]]:
+def _static_step(layer: Layer) -> Callable[[], Results]:
     kernel, geometry = layer.module.partition.kernel, layer.module.geometry
     like = {"device": layer.x.device, "requires_grad": layer.training}
     if isinstance(layer.module, KWLinear):
         weight = torch.randn(kernel[:2], **like)
-        return step(lambda x: F.linear(x, weight), layer.x, layer.y, [weight], layer.training)
+        return step(lambda x: F.linear(x, weight), layer.x, layer.y, {"the kernel": [weight]}, layer.training)
     weight = torch.randn(kernel, **like)
     if len(kernel) == 4:
         weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_(layer.training)
@@ -48,7 +48,7 @@ def _static_step(layer: Layer) -> Callable[[], list[Tensor]]:
         conv = _CONV[len(geometry.stride)]
         return conv(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
-    return step(forward, layer.x, layer.y, [weight], layer.training)
+    return step(forward, layer.x, layer.y, {"the kernel": [weight]}, layer.training)
 
 
 def table(layers: Sequence[Layer]) -> str:

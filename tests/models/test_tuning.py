@@ -95,6 +95,20 @@ def test_the_fastest_is_taken_for_what_it_was_measured_with(network, x, clock, r
     assert all(other.count("streamed") < total for other in others)
 
 
+def test_gradients_that_training_does_not_take_are_not_timed(network, x, clock, ran):
+    clock("streamed")
+    for frozen in (network.conv1, network.bn1):
+        frozen.requires_grad_(False)
+    network.layer1[0].conv1.attention.fc1.requires_grad_(False)
+    first, *others = tune(network, x, training=True)
+    assert first.name == "layer1.0.conv1"
+    assert not first.x.requires_grad
+    assert all(layer.x.requires_grad for layer in others)
+    ran.clear()
+    network(x)
+    assert set(ran) == {"streamed"}
+
+
 def test_a_forced_implementation_stays(network, x, clock, ran):
     clock("streamed")
     tune(network, x, training=False)

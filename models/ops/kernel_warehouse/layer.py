@@ -129,6 +129,7 @@ class KWLayer(nn.Module):
             x.dtype,
             computing_type(x),
             torch.is_grad_enabled(),
+            x.requires_grad,
             device_name(x.device),
         )
 

@@ -28,6 +28,7 @@ class Call(NamedTuple):
         dtype: Of the input.
         computed_in: The type of products.
         gradients: Whether they are recorded.
+        of_images: Whether the input requires one.
         device: Its name, with the number of threads of a CPU.
     """
 
@@ -41,6 +42,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     computed_in: torch.dtype
     gradients: bool
+    of_images: bool
     device: str
 
 
