@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kernelwarehouse.models import tuning
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, native
+from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, native, tuned
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MODEL = "quickstart/kw1x_resnet18"
@@ -276,6 +276,24 @@ def test_layers_are_timed_by_every_implementation(benchmark, monkeypatch, capsys
     assert [layer["auto"] for layer in kept[0]["layers"]] == [row["auto"] for row in layers]
 
 
+def test_tuned_networks_take_what_was_measured(benchmark, machine, monkeypatch, capsys):
+    tuned.forget()
+    monkeypatch.setattr(
+        tuning,
+        "measure",
+        lambda steps, rounds, *_, **__: {name: [1.0 + (name != "streamed")] * rounds for name in steps},
+    )
+    assert run(benchmark, monkeypatch, "--tune", "--batch", 2, 3, "--mode", "infer") == 0
+    said = capsys.readouterr().out
+    assert ", tuned; parity" in said
+    assert len(table(said)) == 6
+    taken = tuned.remembered()
+    tuned.forget()
+    assert {*taken.values()} <= {"streamed", "auto"}  # auto where streamed was estimated already
+    for batch in (2, 3):
+        assert any(f"images=({batch}, " in call and name == "streamed" for call, name in taken.items())
+
+
 def test_what_would_write_too_much_is_not_tried(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "MOST_BYTES", 0)
     assert run(benchmark, monkeypatch, "--layers", "--mode", "infer") == 0
@@ -340,6 +358,8 @@ def test_a_single_value_per_channel_is_refused_in_one_line(benchmark, machine, m
         (["--layers", "--plot", "cost.png"], "--layers goes with none of"),
         (["--layers", "--compile"], "--layers goes with none of"),
         (["--compile", "--memory"], "leave out --compile"),
+        (["--tune", "--compile"], "--tune goes with none of"),
+        (["--tune", "--layers"], "--tune goes with none of"),
         (["--plot", "cost.tiff2"], "must end with the name of a picture's format"),
         (["--json", "no/such/folder/figures.json"], "cannot be written"),
     ],

@@ -115,3 +115,25 @@ def test_there_must_be_something_to_evaluate(tiny_config, cpu):
 def test_a_conversion_that_cannot_be_is_a_configuration_error(tiny_config, cpu):
     with pytest.raises(ConfigError, match="warehouse"):
         train_run(tiny_config(**CONVERTED | {"cell_num_ratio": 1e-4}), cpu)
+
+
+def test_an_evaluation_is_in_channels_last_too(tiny_config, cpu, tmp_path, monkeypatch):
+    fields = {"output_dir": str(tmp_path), "in_chans": 3}
+    train_run(tiny_config(**fields, epochs=1), cpu)
+    layouts, predict = [], run_module.predict
+
+    def look(model, *args):
+        layouts.append(model.conv1.weight.is_contiguous(memory_format=torch.channels_last))
+        model.register_forward_pre_hook(
+            lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        return predict(model, *args)
+
+    monkeypatch.setattr(run_module, "predict", look)
+    found = []
+    for channels_last in (False, True):
+        layouts.clear()
+        run = {"eval": True, "resume": str(tmp_path / "checkpoint-0.pth"), "channels_last": channels_last}
+        found.append(evaluate_run(tiny_config(**fields, **run), cpu))
+        assert set(layouts) == {channels_last}
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)

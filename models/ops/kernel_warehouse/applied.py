@@ -99,12 +99,14 @@ def multiply(seen: Sequence[Tensor], kernels: Tensor, out: Tensor, space: Worksp
     """Write into out (B, rows, P) the products of kernels (B, rows, K) and columns, in parts (B, P, part of K)."""
     rows_last = out.stride(1) == 1  # NHWC
     target = out.mT if rows_last else out
-    memory = target if target.is_contiguous() and not torch.is_grad_enabled() else space.take("product", *target.shape)
+    at_once = target.is_contiguous() and not torch.is_grad_enabled()
+    # A view of the values in order: with the strides of `mT` of a single position, torch 2.8 writes nothing in bf16.
+    memory = target.flatten().view(target.shape) if at_once else space.take("product", *target.shape)
     total = None
     for part, kernel in zip(seen, kernels.split([part.shape[2] for part in seen], 2), strict=True):
         left, right = (part, kernel.mT) if rows_last else (kernel, part.mT)
         total = torch.bmm(left, right, out=memory) if total is None else torch.baddbmm(total, left, right, out=memory)
-    if total is not target:
+    if not at_once:
         target.copy_(total)
 
 

@@ -162,6 +162,24 @@ def test_autocast_is_no_further_from_the_truth_than_grouped(implementation, dtyp
     assert errors[implementation] <= 1.1 * errors["grouped"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("side", [2, 1])
+def test_a_single_position_in_half_precision(side, implementation, dtype):
+    torch.manual_seed(0)
+    c = 16 + 4 * FAST.index(implementation) + 2 * side  # torch keeps what multiplies such sizes, right or wrong
+    warehouses = Warehouses({"w": (40, c, c, 1, 1)})
+    layer = KWConv2d(c, c, 3, stride=side, padding=1, warehouses=warehouses, warehouse="w", own_cells=range(40))
+    layer.reset_parameters()
+    x = torch.randn(3, c, side, side)
+    exact = naive_forward(layer.eval(), x, 0.0)
+    layer.implementation = implementation
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        for _ in range(2):
+            error = (layer(x).float() - exact).norm() / exact.norm()
+            assert error < 0.03
+
+
 @pytest.mark.parametrize("implementation", ["kernels", "streamed", "chained", "native", "inputs"])
 def test_compiled_in_one_graph(implementation):
     layer, warehouses, x = make("conv2d")
