@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from kernelwarehouse.models import CheckpointError, conversion_plan, set_temperature, warehouse_users
-from kernelwarehouse.models.ops.kernel_warehouse.tuned import remembered
-from kernelwarehouse.models.tuning import recall
+from kernelwarehouse.models.tuning import recall, tuned_layers
 from kernelwarehouse.schema import Config, ConfigError, RunConfig
 
 from .amp import grad_scaler
@@ -162,7 +161,7 @@ class Training:
             "processes": self.world.gather({"generators": generator_states(), "losses": self.losses.tolist()}),
             "config": self.config.to_fields(),
             "plan": plan.to_dict() if plan else None,
-            "tuned": remembered() if self.run.tune else {},
+            "tuned": tuned_layers() if self.run.tune else {},
             "versions": {name: version(name) for name in ("torch", "timm", "kernelwarehouse")},
         }
         if self.ema is not None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernelwarehouse.models.ops.kernel_warehouse.tuned import remember, remembered
-from kernelwarehouse.models.tuning import Layer, tune
+from kernelwarehouse.models.tuning import Layer, recall, tune, tuned_layers
 from kernelwarehouse.schema import Config, ConfigError
 
 from .amp import autocast
@@ -35,7 +34,7 @@ def tune_for(model: nn.Module, config: Config, world: World, *, training: bool) 
             layers = tune(model, images, training=training)
     except ValueError as e:
         raise ConfigError(f"field 'tune': {config.model.model}: {e}") from e
-    remember(world.gather(remembered())[0])
+    recall(world.gather(tuned_layers())[0])
     if world.is_main:
         what, seconds = "training" if training else "evaluation", time.perf_counter() - start
         say(f"tuned for {what} in {seconds:.0f} s: {_told(layers)}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .ops.kernel_warehouse import KWLayer, supports
 from .ops.kernel_warehouse.layer import NAMES
 from .ops.kernel_warehouse.mixed_conv import choose, computing_type
-from .ops.kernel_warehouse.tuned import remember, tuned
+from .ops.kernel_warehouse.tuned import remember, remembered, tuned
 from .ops.native import can_run
 
 MOST_BYTES = 1 << 30  # kernels, mixed inputs or products beyond it are not tried
@@ -223,8 +223,13 @@ def tune(model: nn.Module, x: Tensor, *, training: bool, rounds: int = 5) -> lis
     return layers
 
 
+def tuned_layers() -> dict[str, str]:
+    """All that `tune` has found in this process, in plain values that a checkpoint can hold."""
+    return remembered()
+
+
 def recall(taken: Mapping[str, str]) -> None:
-    """Take what was `remembered` elsewhere; implementations that this version does not have are left out."""
+    """Take what `tuned_layers` gave elsewhere; implementations that this version does not have are left out."""
     remember({call: name for call, name in taken.items() if name in ("auto", *NAMES)})
 
 

@@ -176,7 +176,7 @@ def test_a_signal_ends_the_process_with_its_state_saved_and_status_75(file, tmp_
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(number)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == EXIT_INTERRUPTED == 75
     assert error == "told to end by a signal\n"
     path, state = newest_checkpoint(run)
@@ -192,7 +192,7 @@ def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(main, file
     assert main([*words, "--epochs", "1"]) == 0
     before = {path.name: path.read_bytes() for path in run.glob("checkpoint-*")}
     process = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 1, error
     assert error.startswith("error: ")
     assert "could not be written, and is as it was before" in error
@@ -211,7 +211,7 @@ def test_the_script_hides_its_folders_and_prints_no_traceback(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "main.py", "--kw_config", "resnet18/kw1x_resnet18", "--epoch", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr == "error: command line: unknown field 'epoch'; did you mean 'epochs'?\n"
     assert str(ROOT / "datasets") not in done.stdout

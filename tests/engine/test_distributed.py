@@ -40,7 +40,7 @@ def launch(launcher, processes, config, tmp_path):
     path.write_text(json.dumps(config.to_fields() | {"output_dir": str(tmp_path / "run")}))
     command = [sys.executable, "-m", *launcher, "--nproc_per_node", str(processes), "main.py", "--kw_config", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
 

@@ -26,7 +26,7 @@ def attempt(store, ranks, size):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     return [found[rank] for rank in ranks]
 
 

@@ -72,7 +72,7 @@ def start(config, **environment):
 
 def finish(*processes):
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     statuses = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -276,7 +276,7 @@ def test_two_machines_start_again_when_one_loses_its_process(configure, uninterr
             time.sleep(0.05)
         (worker,) = children(launchers[1].pid)
         os.kill(worker, signal.SIGKILL)
-        assert [launcher.wait(timeout=300) for launcher in launchers] == [0, 0]
+        assert [launcher.wait(timeout=900) for launcher in launchers] == [0, 0]
     finally:
         for launcher in launchers:
             launcher.terminate()
