@@ -276,8 +276,8 @@ def test_layers_are_timed_by_every_implementation(benchmark, monkeypatch, capsys
     assert [layer["auto"] for layer in kept[0]["layers"]] == [row["auto"] for row in layers]
 
 
+@pytest.mark.usefixtures("untuned")
 def test_tuned_networks_take_what_was_measured(benchmark, machine, monkeypatch, capsys):
-    tuned.forget()
     monkeypatch.setattr(
         tuning,
         "measure",
@@ -288,7 +288,6 @@ def test_tuned_networks_take_what_was_measured(benchmark, machine, monkeypatch, 
     assert ", tuned; parity" in said
     assert len(table(said)) == 6
     taken = tuned.remembered()
-    tuned.forget()
     assert {*taken.values()} <= {"streamed", "auto"}  # auto where streamed was estimated already
     for batch in (2, 3):
         assert any(f"images=({batch}, " in call and name == "streamed" for call, name in taken.items())

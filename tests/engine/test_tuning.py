@@ -14,14 +14,9 @@ from kernelwarehouse.models.ops.kernel_warehouse import layer
 from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
 from kernelwarehouse.schema import ConfigError
 
+pytestmark = pytest.mark.usefixtures("untuned")
+
 CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv", "batch_size": 256, "tune": True, "epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_tuned():
-    forget()
-    yield
-    forget()
 
 
 @pytest.fixture

@@ -14,12 +14,7 @@ from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer
 from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
 from kernelwarehouse.models.tuning import recall, tune
 
-
-@pytest.fixture(autouse=True)
-def nothing_is_tuned():
-    forget()
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture
