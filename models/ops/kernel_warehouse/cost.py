@@ -1,13 +1,14 @@
 """Which implementation costs least, by counts of what it computes and moves.
 
 Costs are in multiply-adds of a large matrix product. The factors are measured, on a CPU that keeps freed memory (see
-`engine/memory.py`), over the layers of ResNet18, ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 32
-(`scripts/benchmark.py --layers`).
+`engine/memory.py`), over the layers of ResNet18, ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 32, and for
+images of 32×32 and 64×64 at batches of 1 to 128 (`scripts/benchmark.py --layers`).
 
 On a GPU none of them is measured. They are reasoned: a convolution with a group for every sample is slow there (by 10
 or more, as upstream's users report), and an A100 or an H100 makes about 100 multiply-adds of a product in bf16 while it
-moves one byte, so that writing and reading one value costs 400, and putting it in order as much again. The fused
-convolution has not run on a GPU yet and is taken only by name; the native one cannot.
+moves one byte, so that writing and reading one value costs 400, and putting it in order as much again. Starting an
+operator is not counted: others still run, or a graph was captured. The fused convolution has not run on a GPU yet and
+is taken only by name; the native one cannot.
 """
 
 import functools
@@ -29,6 +30,7 @@ class Factors:
     Attributes:
         grouped: A multiply-add of a convolution with a group for every sample.
         native: A multiply-add of the native convolution.
+        value: Writing and reading one value of a kernel there.
         thin: A multiply-add of a thin product: of mixing kernels, and of a tile with its columns.
         tile: Handling one value of a tile.
         single: Mixing one value of a kernel, besides its multiply-adds, where each mixture is a product of its own.
@@ -38,12 +40,15 @@ class Factors:
         far_kernel: The same when they do not.
         activation: Writing or ordering one value of an input or an output.
         mixed_input: Writing and reading one value of a mixed input.
+        product: Writing one value of the product of attention and cells, where it is applied natively.
+        operator: Starting an operator of torch.
         cache: Bytes of kernels that fit in the cache.
         read: Reading one value from memory.
     """
 
     grouped: float
     native: float = 1.0
+    value: float = 12
     thin: float = 1.2
     tile: float = 20
     single: float = 40
@@ -53,6 +58,8 @@ class Factors:
     far_kernel: float = 60
     activation: float = 40
     mixed_input: float = 15
+    product: float = 125
+    operator: float = 10e6
     cache: int = 16 << 20
     read: float = 30
 
@@ -69,12 +76,16 @@ FACTORS = {
         far_kernel=800,
         activation=400,
         mixed_input=400,
+        operator=0,
     ),
 }
 
 # Of the native convolution with products: what a position costs, bytes that caches cannot hold, and samples that a
 # product is then read for.
 _FOLDED, _FAR_PRODUCTS, _SAMPLES_OF_A_READ = 1.1, 64 << 20, 8
+
+# Operators of torch in a call, beside the one that "native" is.
+_OPERATORS = {"kernels": 3, "inputs": 4, "streamed": 6, "chained": 8}
 
 
 def cheapest(
@@ -165,20 +176,21 @@ def costs(
         "kernels": kernel * (mixing + ordering + whole * positions)
         + factors.activation * (read + outputs if channels_last else 0),
         "streamed": kernel * (mixing + streaming) + around,
-        "native": kernel * factors.native * (num_cells + positions) + arranging,
+        "native": kernel * (factors.native * (num_cells + positions) + factors.value) + arranging,
         "inputs": mixed_inputs * (partition.mixtures // blocks_out + partition.cell[0] + factors.mixed_input),
     }
     rows = hidden + 2
     once = rows * num_cells / batch
     if hidden and natively:
+        once += rows * factors.product / batch
         # Products that are too many for the caches are read again for every few samples.
         far = rows * kernel * itemsize > _FAR_PRODUCTS
         again = factors.read * rows / _SAMPLES_OF_A_READ if far else 0
-        estimates["chained"] = kernel * (once + rows + _FOLDED * positions + again) + arranging
+        estimates["chained"] = kernel * (once + rows + factors.value + _FOLDED * positions + again) + arranging
     elif hidden:
         single = factors.single + factors.row / partition.cell[1]
         estimates["chained"] = kernel * (once + factors.thin * rows + single + streaming) + around
-    return estimates
+    return {name: cost + factors.operator * _OPERATORS.get(name, 0) / batch for name, cost in estimates.items()}
 
 
 def folding_saves(

@@ -237,6 +237,15 @@ class TestCost:
         assert self.cheapest((256, 256, 3, 3), (256, 256, 1, 1), 47, 8, 196) == "native"
         assert self.cheapest((512, 512, 3, 3), (512, 512, 1, 1), 27, 64, 1) == "inputs"
 
+    def test_narrow_layers_take_the_one_with_the_fewest_operators(self):
+        """Around little work they take the time: each of these took twice as long by what has fewer multiply-adds."""
+        assert self.cheapest((32, 32, 3, 3), (32, 32, 1, 1), 47, 64, 4) == "native"
+        assert self.cheapest((64, 64, 3, 3), (64, 64, 1, 1), 27, 8, 1) == "native"
+        assert self.cheapest((64, 64, 3, 3), (64, 64, 1, 1), 27, 64, 1) == "inputs"
+        layer = Partition((8, 8, 3, 3), (8, 8, 1, 1)), 47, 64, 64, 4, FACTORS["cpu"]
+        estimates = costs(*layer, hidden=16, natively=True)
+        assert min(estimates, key=estimates.get) == "native"
+
     def test_folding_saves_less_where_only_the_folded_layer_cannot_be_native(self):
         layer = Partition((256, 256, 3, 3), (256, 256, 1, 1)), 16, 552, 8, 196, 4, FACTORS["cpu"]
         saved = folding_saves(*layer, native=True, folded_native=True)
