@@ -30,8 +30,11 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const bool large = p.pixels() > 8 * p.cells, narrow = p.cout < 2 * LANES<T> && p.blocks_out * parts <= MIXTURES;
   const bool whole = large && parts * p.cin * p.cout * Int(sizeof(T)) <= SMALL;
   const Int side = narrow ? p.blocks_out : 1, groups = units / side;
+  // Of folded cells a row is read for one part of each sample only: for small images that takes longer than the rest,
+  // and smaller pieces of kernels are mixed for more samples.
+  const bool reads = WIDE == 4 && !PAIRED<T> && p.folded && p.pixels() <= 2 * p.cells;
   // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
-  const bool half = WIDE == 4 && !p.folded && (parts * p.cin <= 128 || !large);
+  const bool half = reads || (WIDE == 4 && !p.folded && (parts * p.cin <= 128 || !large));
   Int row_parts = whole || narrow ? 1 : ceil_div(p.cout, STRIP<T> / (half ? 2 : 1));
   // Too few kernels mixed at once are not worth what reading the cells costs.
   const Int least = std::min(groups, ceil_div(wanted, row_parts));
@@ -43,12 +46,12 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
     row_parts = std::max(row_parts, std::min(p.cout / LANES<T>, ceil_div(threads, unit_parts * line_parts)));
   const Parts all_rows = {p.cout, row_parts, LANES<T>};
   const Int most = all_rows.most();
-  // Of folded cells a row is read for one part of each sample only.
-  const Int mixtures = (p.folded ? Arithmetic<T>::values : 1) * most_mixtures<T>();
+  const Int mixtures = (reads ? 4 : p.folded ? Arithmetic<T>::values : 1) * most_mixtures<T>();
   const Int each = ceil_div(groups, unit_parts) * side;
   const Int together = std::max<Int>(ceil_div(each, ceil_div(each * parts, mixtures)) / side, 1) * side;
   const Int fitting = KERNELS / Int(sizeof(T)) / (together * parts * most);
-  const Int depth = std::min(p.cin, std::max(fitting / STRIP<T>, Int(1)) * STRIP<T>);
+  const Int strip = reads ? STRIP<T> / 2 : STRIP<T>;
+  const Int depth = std::min(p.cin, std::max(fitting / strip, Int(1)) * strip);
   const bool direct = !PAIRED<T> || depth == p.cin;  // else outputs are rounded when they are summed up
   const auto mix = p.folded ? mix_folded<T, C> : mix_shared<T, C>;
   const Coefficients<T> coefficients(alpha, p.batch * (p.folded ? p.folded : p.blocks_out) * parts, p.cells);

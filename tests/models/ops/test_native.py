@@ -13,6 +13,8 @@ import torch
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
+from kernelwarehouse.models.ops.kernel_warehouse.mixing import by_output_blocks
+from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
 from kernelwarehouse.models.ops.native import NativeError, can_run, library
 from kernelwarehouse.models.ops.native.build import built
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
@@ -120,6 +122,26 @@ def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch,
     shapes = (batch, partition.mixtures, cells), (cells, *cell), (batch, kernel[1], *size)
     leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
     assert_equal_to_grouped(partition, geometry, leaves, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("side", [4, 9])  # reading the products takes longer than the rest, or does not
+def test_products_are_read_for_groups_of_samples(threads, side, dtype):
+    """None of samples, rows and channels are a multiple of what is computed together."""
+    threads(3)
+    torch.manual_seed(0)
+    batch, width, cout, cin = 75, 18, 70, 83
+    partition, geometry = Partition((2 * cout, 2 * cin, 3, 3), (cout, cin, 1, 1)), Geometry.of((3, 3), padding=1)
+    alpha = torch.randn(batch, partition.mixtures, width, dtype=dtype)
+    products = torch.randn(2, cout, width, 18 * cin, dtype=dtype)
+    x = torch.randn(batch, 2 * cin, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    y = native_folded_conv(alpha, products, x, partition, geometry, None)
+    parts = by_output_blocks(alpha, partition), products.unflatten(3, (18, cin))
+    kernels = torch.einsum("aopk,orkpi->aorpi", *(t.double() for t in parts)).reshape(batch, 2 * cout, 9, -1)
+    for image, kernel, found in zip(x.double(), kernels, y, strict=True):
+        expected = torch.nn.functional.conv2d(image[None], kernel.mT.unflatten(2, (3, 3)), padding=1)[0]
+        assert (found - expected).norm() < (1e-12 if dtype == torch.float64 else 1e-5) * expected.norm()
 
 
 @needs_compiler
