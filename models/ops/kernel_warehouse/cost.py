@@ -2,7 +2,7 @@
 
 Costs are in multiply-adds of a large matrix product. The factors are measured, on a CPU that keeps freed memory (see
 `engine/memory.py`), over the layers of ResNet18, ResNet50, MobileNetV2 and ConvNeXt-T at batches of 1 to 32, and for
-images of 32×32 and 64×64 at batches of 1 to 128 (`scripts/benchmark.py --layers`).
+images of 32×32 and 64×64 at batches of 1 to 128 (`scripts/benchmark.py --layers`, and `tune`).
 
 On a GPU none of them is measured. They are reasoned: a convolution with a group for every sample is slow there (by 10
 or more, as upstream's users report), and an A100 or an H100 makes about 100 multiply-adds of a product in bf16 while it

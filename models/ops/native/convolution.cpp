@@ -31,7 +31,7 @@ void convolve(const Problem& p, Int threads, const T* alpha, const C* cells, con
   const bool whole = large && parts * p.cin * p.cout * Int(sizeof(T)) <= SMALL;
   const Int side = narrow ? p.blocks_out : 1, groups = units / side;
   // Of folded cells a row is read for one part of each sample only: for small images that takes longer than the rest,
-  // and smaller pieces of kernels are mixed for more samples.
+  // and smaller pieces of kernels are mixed for four times as many samples.
   const bool reads = WIDE == 4 && !PAIRED<T> && p.folded && p.pixels() <= 2 * p.cells;
   // Rows for all registers of a tile, or for half of them where reading the input once more is little beside the rest.
   const bool half = reads || (WIDE == 4 && !p.folded && (parts * p.cin <= 128 || !large));
