@@ -30,17 +30,17 @@ from timing.clock import PRECISIONS, arithmetic, autocast, step
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
 from timing.networks import FOLDED, Contender, Pair, compiled
+from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from torch import Tensor, nn
 
-from kernelwarehouse import ConfigError, KWConfig, set_implementation
+from kernelwarehouse import ConfigError, KWConfig
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import fold_
 from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 from kernelwarehouse.models.tuning import distinct_layers, implementations, measure, tune
 
-TOLERANCE = 1e-9
 SWEEPS = {
     "budget": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
     "batch": (1, 2, 4, 8, 16, 32, 64, 128),
@@ -55,40 +55,6 @@ class Case:
     pair: Pair
     floor: Floor
     static_floor: Floor
-
-
-def check_parity(net: nn.Module, x: Tensor, implementations: Sequence[str] = ("auto",)) -> float:
-    """Return the largest relative difference of outputs and gradients from upstream's formulation, in float64.
-
-    Raises:
-        SystemExit: It is above `TOLERANCE`, and not explained by how much the network answers to a rounding error.
-    """
-    net, x = net.double().train(), x.double()
-
-    def results(implementation: str, x: Tensor) -> list[Tensor | None]:
-        torch.manual_seed(0)  # drop path draws the same
-        set_implementation(net, implementation)
-        y = net(x)
-        return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()), allow_unused=True)]
-
-    truth = results("grouped", x)
-    floor = 1e-6 * max(a.norm().item() for a in truth if a is not None)  # below it a gradient is rounding errors only
-
-    def difference(found: Sequence[Tensor | None]) -> float:
-        pairs = [(a, b) for a, b in zip(truth, found, strict=True) if a is not None]
-        return torch.stack([(a - b).norm() / a.norm().clamp_min(floor) for a, b in pairs]).max().item()
-
-    # BatchNorm over few values makes much of little: in a MobileNetV2 at 64×64, 1e-8 of one rounding error.
-    answer = difference(results("grouped", x * (1 + torch.finfo(x.dtype).eps * torch.randn_like(x))))
-    worst = max(difference(results(name, x)) for name in implementations)
-    net.float()
-    return _within_tolerance(worst, 20 * answer)
-
-
-def _within_tolerance(difference: float, explained: float = 0.0) -> float:
-    if not difference <= TOLERANCE + explained:
-        raise SystemExit(f"error: the two orders differ by {difference:.1e}; no figure is printed")
-    return difference
 
 
 def read_cases(arguments: argparse.Namespace) -> list[Case]:
@@ -124,7 +90,7 @@ def check_case(
     """`check_parity` of the converted network with images of that side; of a folded or compiled one, of its outputs.
 
     Raises:
-        SystemExit: A difference above `TOLERANCE`.
+        SystemExit: As `check_parity`.
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
@@ -132,10 +98,8 @@ def check_case(
     net, x = net.double().eval(), x.double()
     others = [compiled] if mode else []
     others += [lambda net, _: fold_(net, x)] if FOLDED.keys() & set(implementations) else []  # in place, so the last
-    with torch.no_grad():
-        y = net(x) if others else None
-        for other in others:
-            worst = max(worst, _within_tolerance(((other(net, mode)(x) - y).norm() / y.norm()).item()))
+    if others:
+        worst = max(worst, check_outputs(net, x, (other(net, mode) for other in others)))
     return worst
 
 

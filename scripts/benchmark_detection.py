@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import check_parity
 from mmengine.config import Config
 from timing.clock import PRECISIONS, arithmetic, autocast
 from timing.networks import LAYOUTS
+from timing.parity import check_parity
 from torch import nn
 
 import kernelwarehouse.detection  # noqa: F401  # prepares mmdet, which is imported after it

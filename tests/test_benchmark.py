@@ -166,6 +166,19 @@ def test_nothing_is_printed_of_a_compiled_network_that_differs(benchmark, monkey
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("errors", "passes"), [(1, True), (1000, False)])
+def test_results_may_differ_by_what_a_few_rounding_errors_of_the_input_change(benchmark, monkeypatch, errors, passes):
+    monkeypatch.setattr(sys.modules["timing.parity"], "TOLERANCE", 0.0)
+    contender, device = benchmark.Pair.read(MODEL).contenders()[-1], torch.device("cpu")
+    net, x = contender.build(device).double().eval(), contender.images(2, device).double()
+    differing = net, lambda x: net(x * (1 + errors * torch.finfo(x.dtype).eps * torch.randn_like(x)))
+    if passes:
+        assert 0 < benchmark.check_outputs(net, x, differing) < 1e-9
+    else:
+        with pytest.raises(SystemExit, match="differ by"):
+            benchmark.check_outputs(net, x, differing)
+
+
 def test_a_gradient_that_is_not_finite_counts_as_different(benchmark, monkeypatch):
     right = IMPLEMENTATIONS["grouped"]
     monkeypatch.setitem(IMPLEMENTATIONS, "grouped", lambda *a: right(*a) * float("nan"))
