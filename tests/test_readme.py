@@ -21,3 +21,16 @@ def test_each_feature_of_ours_names_a_test_that_exists():
     for feature, ours, *_, test in rows:
         assert ours == "✓", feature
         assert test.strip("`") in existing, feature
+
+
+def test_links_to_files_lead_to_them():
+    pages = [page for page in ROOT.rglob("README.md") if ".venv" not in page.parts]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    ]
+    files = [(page, link) for page, link in links if "://" not in link]
+    assert len(files) > 10
+    for page, link in files:
+        assert (page.parent / link).exists(), f"{page.relative_to(ROOT)}: {link}"
