@@ -5,6 +5,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -81,7 +82,10 @@ def _find_module(package: str) -> str | None:
 
     def names() -> Iterator[str]:
         yield package
-        yield from (m for m, packages in metadata.packages_distributions().items() if package in packages)
+        with suppress(metadata.PackageNotFoundError):
+            distribution = metadata.distribution(package)
+            yield from (distribution.read_text("top_level.txt") or "").split()  # which not every wheel has
+            yield from (file.parts[0] for file in distribution.files or () if file.parts[1:] == ("__init__.py",))
 
     return next((spec.origin for spec in map(find_spec, names()) if spec and spec.origin), None)
 
