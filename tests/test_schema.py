@@ -1,6 +1,7 @@
 """A configuration that says something else than its writer meant is refused, by file and field."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -137,6 +138,12 @@ def test_all_fields_can_be_written_and_read_back():
 def test_every_field_is_described_once(cls):
     assert list(field_help(cls)) == [f.name for f in dataclasses.fields(cls)]
     assert all(field_help(cls).values())
+
+
+def test_descriptions_do_not_depend_on_how_python_indents_docstrings():
+    """From Python 3.13 on the compiler takes the indentation away."""
+    dedented = type("Dedented", (), {"__doc__": inspect.cleandoc(RunConfig.__doc__)})
+    assert field_help(dedented) == field_help(RunConfig)
 
 
 def test_no_field_has_two_owners():

@@ -1,6 +1,7 @@
 """What a configuration may say: `load_config` reads a file into a checked `ModelConfig` and `RunConfig`."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ def known_fields() -> dict[str, type]:
 
 def field_help(cls: type) -> dict[str, str]:
     """The one description of each field, from the Attributes section of its dataclass."""
-    section = re.split(r"Attributes:\n", cls.__doc__)[1]
-    entries = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
+    section = re.split(r"Attributes:\n", inspect.cleandoc(cls.__doc__))[1]  # as Python does itself from 3.13 on
+    entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
 
 
