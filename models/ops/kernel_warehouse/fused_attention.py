@@ -74,7 +74,7 @@ def find_logits(
         w = tl.load(
             weight + row[None, :] * width + r[:, None], mask=(cell <= cells)[None, :] & (r < width)[:, None], other=0.0
         )
-        z = tl.dot(h, w, z, input_precision=precision)
+        z = tl.dot(h, w, z, input_precision=precision, out_dtype=z.dtype)
     z += tl.load(bias + row, mask=cell <= cells, other=0.0)[None, :]
     return tl.where((b < batch)[:, None], z, 0.0)
 

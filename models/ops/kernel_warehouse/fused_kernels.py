@@ -102,7 +102,7 @@ def convolve(
             mask=(c < in_channels)[:, None] & seen[None, :],
             other=0.0,
         )
-        total = tl.dot(kernel, image, total, input_precision=precision)
+        total = tl.dot(kernel, image, total, input_precision=precision, out_dtype=total.dtype)
     tl.store(
         (y + b * y_b + o.to(tl.int64) * y_o)[:, None] + (p.to(tl.int64) * y_p)[None, :],
         total.to(y.dtype.element_ty),
@@ -187,7 +187,7 @@ def convolve_transposed(
                 mask=(o < out_channels)[:, None] & read[None, :],
                 other=0.0,
             )
-            total = tl.dot(kernel, received, total, input_precision=precision)
+            total = tl.dot(kernel, received, total, input_precision=precision, out_dtype=total.dtype)
     tl.store(
         (grad_x + b * x_b + c.to(tl.int64) * x_c)[:, None] + (h.to(tl.int64) * x_h + v.to(tl.int64) * x_w)[None, :],
         total.to(grad_x.dtype.element_ty),
@@ -261,7 +261,7 @@ def correlate(
             mask=(c < in_channels)[None, :] & seen[:, None],
             other=0.0,
         )
-        total = tl.dot(received, image, total, input_precision=precision)
+        total = tl.dot(received, image, total, input_precision=precision, out_dtype=total.dtype)
     blocks_in = in_channels // cell_in
     mixture = (o // cell_out)[:, None] * (taps_h * taps_w * blocks_in) + (tap * blocks_in + c // cell_in)[None, :]
     inside_cell = (o % cell_out)[:, None] * cell_in + (c % cell_in)[None, :]
