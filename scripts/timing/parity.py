@@ -42,6 +42,11 @@ def check_parity(net: nn.Module, x: Tensor, implementations: Sequence[str] = ("a
 def check_outputs(net: nn.Module, x: Tensor, others: Iterable[Callable[[Tensor], Tensor]]) -> float:
     """Return the largest relative difference of what others make of x from what the network does.
 
+    Args:
+        net: The network; an item of `others` may change it in place when it is asked for.
+        x: Images in float64.
+        others: Taken one after the other, when the network has been asked.
+
     Raises:
         SystemExit: As `check_parity`.
     """

@@ -1,11 +1,4 @@
-"""Operators in C++, for a CPU: how they are compiled (`build.py`), and what they are called with.
-
-`attention.cpp` finds coefficients and `convolution.cpp` convolves with mixed kernels, for `kernel_warehouse`;
-`layer.cpp` does one after the other, and `gradients.h` is the adjoint of the latter by coefficients and cells;
-`depthwise.cpp` convolves with given kernels, for `dynamic_conv`. All multiply by `product.h`, whose kernels are in
-`values.cpp`, `pairs.cpp` and `tiles.cpp`. They compute in single and double precision, and in bfloat16 where the
-processor multiplies that.
-"""
+"""Operators in C++, for a CPU: how they are compiled, and what they are called with; README.md describes each file."""
 
 from .build import NativeError
 from .images import from_pixels, in_either_layout, pixels, room_for_pixels
