@@ -15,6 +15,7 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import (
     EXIT_INTERRUPTED,
     Interrupted,
@@ -28,7 +29,6 @@ from kernelwarehouse.engine import (
     train_run,
 )
 from kernelwarehouse.models import CheckpointError
-from kernelwarehouse.schema import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,8 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
-from kernelwarehouse.schema import Config, ConfigError, RunConfig
-
+from ..configs.schema import Config, ConfigError, RunConfig
 from .digits import Digits
 from .folders import ClassFolders
 from .photographs import Photographs

@@ -14,8 +14,7 @@ from timm.data.constants import (
 )
 from torch import Tensor
 
-from kernelwarehouse.schema import Config, ConfigError, RunConfig
-
+from ..configs.schema import Config, ConfigError, RunConfig
 from . import digits
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import ImageFolder
 
-from kernelwarehouse.schema import ConfigError
+from ..configs.schema import ConfigError
 
 
 class ClassFolders:

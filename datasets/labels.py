@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kernelwarehouse.schema import ConfigError
-
+from ..configs.schema import ConfigError
 from .photographs import UNLABELLED
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kernelwarehouse.schema import ConfigError, RunConfig
-
+from ..configs.schema import ConfigError, RunConfig
 from .sampling import SeededDataset, TrainSampler
 
 # From the images of a batch, as they are collated, to what the network takes; None leaves them as they are.

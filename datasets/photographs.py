@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from kernelwarehouse.schema import ConfigError
+from ..configs.schema import ConfigError
 
 JPEG = b"\xff\xd8\xff"
 # The target of an image that has none, which evaluation leaves out.

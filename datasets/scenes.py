@@ -12,8 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import FashionMNIST
 
-from kernelwarehouse.schema import ConfigError
-
+from ..configs.schema import ConfigError
 from .digits import Digits
 
 # With less of it in sight, a digit can be hard to name even for a person.

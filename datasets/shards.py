@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from webdataset import ShardWriter
 
-from kernelwarehouse.schema import ConfigError
-
+from ..configs.schema import ConfigError
 from .folders import ClassFolders
 
 CLASS = ".cls"

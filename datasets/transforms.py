@@ -21,8 +21,7 @@ from torchvision import transforms as T
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resize
 
-from kernelwarehouse.schema import Config, ConfigError
-
+from ..configs.schema import Config, ConfigError
 from . import digits
 from .finish import Erasable, Finish, statistics
 from .lines import FASTER

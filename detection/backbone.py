@@ -13,7 +13,8 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kernelwarehouse.models import (
+from ..configs.schema import ConfigError, load_config
+from ..models import (
     DEFAULT_KEY,
     build_model,
     find_state_dict,
@@ -23,7 +24,6 @@ from kernelwarehouse.models import (
     upstream_names,
     warehouse_users,
 )
-from kernelwarehouse.schema import ConfigError, load_config
 
 PREFIX = "backbone."
 

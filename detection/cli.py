@@ -14,10 +14,9 @@ from mmengine.registry import OPTIMIZERS
 from mmengine.runner import Runner
 from torch import nn
 
-from kernelwarehouse.models import CheckpointError
-from kernelwarehouse.schema import ConfigError
-from kernelwarehouse.schema.fields import reject_unknown
-
+from ..configs.schema import ConfigError
+from ..configs.schema.fields import reject_unknown
+from ..models import CheckpointError
 from .backbone import KWBackbone
 from .bridge import MissingOperatorError
 

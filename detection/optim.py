@@ -7,10 +7,9 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from kernelwarehouse.engine.optim import parameter_layers
-from kernelwarehouse.schema import ConfigError
-from kernelwarehouse.schema.fields import reject_unknown
-
+from ..configs.schema import ConfigError
+from ..configs.schema.fields import reject_unknown
+from ..engine.optim import parameter_layers
 from .backbone import KWBackbone
 
 

@@ -16,10 +16,10 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 from mmengine.dist import is_main_process
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run, unwrap
 from kernelwarehouse.models import CheckpointError, read_checkpoint
 from kernelwarehouse.models.checkpoints import find_state_dict
-from kernelwarehouse.schema import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

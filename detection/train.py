@@ -18,8 +18,8 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from mmengine.config import Config
 
+from kernelwarehouse.configs.schema import ConfigError, load_config
 from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run
-from kernelwarehouse.schema import ConfigError, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernelwarehouse.schema import RunConfig
+from ..configs.schema import RunConfig
 
 
 def autocast(run: RunConfig, device: torch.device) -> torch.autocast:

@@ -9,8 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from kernelwarehouse.models import CheckpointError, read_checkpoint
-
+from ..models import CheckpointError, read_checkpoint
 from .outputs import SaveError, writing
 
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.

@@ -5,9 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from kernelwarehouse.schema import Config, ConfigError, field_help, known_fields, load_config
-from kernelwarehouse.schema.fields import reject_unknown
-
+from ..configs.schema import Config, ConfigError, field_help, known_fields, load_config
+from ..configs.schema.fields import reject_unknown
 from .signals import EXIT_INTERRUPTED
 
 STATUS = (

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kernelwarehouse.schema import ConfigError, RunConfig
-
+from ..configs.schema import ConfigError, RunConfig
 from .rendezvous import meet
 
 

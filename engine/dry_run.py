@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernelwarehouse.models import conversion_plan
-
+from ..models import conversion_plan
 from .amp import autocast
 from .optim import build_optimizer
 from .state import Training

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kernelwarehouse.schema import ConfigError, RunConfig
-
+from ..configs.schema import ConfigError, RunConfig
 from .amp import autocast
 from .distributed import World
 

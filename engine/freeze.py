@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from kernelwarehouse.models import warehouse_users
-from kernelwarehouse.schema import ConfigError
+from ..configs.schema import ConfigError
+from ..models import warehouse_users
 
 
 def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> None:

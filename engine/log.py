@@ -18,8 +18,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from kernelwarehouse.schema import ConfigError, RunConfig
-
+from ..configs.schema import ConfigError, RunConfig
 from .distributed import World
 from .outputs import writing
 

@@ -7,8 +7,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import nn
 from torch.optim import Optimizer
 
-from kernelwarehouse.models import warehouse_users
-from kernelwarehouse.schema import ConfigError, RunConfig
+from ..configs.schema import ConfigError, RunConfig
+from ..models import warehouse_users
 
 
 def build_optimizer(model: nn.Module, run: RunConfig) -> Optimizer:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from kernelwarehouse.schema import ConfigError, RunConfig
-
+from ..configs.schema import ConfigError, RunConfig
 from .distributed import World
 
 

@@ -7,9 +7,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from kernelwarehouse.datasets import Photographs, Relabelled, SeededDataset
-from kernelwarehouse.schema import RunConfig
-
+from ..configs.schema import RunConfig
+from ..datasets import Photographs, Relabelled, SeededDataset
 from .distributed import World
 from .evaluate import Predictions
 from .log import RunLog

@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernelwarehouse.models import CheckpointError
-from kernelwarehouse.schema import Config, ConfigError, RunConfig
-
+from ..configs.schema import Config, ConfigError, RunConfig
+from ..models import CheckpointError
 from .checkpoint import newest_checkpoint, read_state
 from .distributed import World
 from .state import Training

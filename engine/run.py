@@ -9,7 +9,8 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kernelwarehouse.datasets import (
+from ..configs.schema import Config, ConfigError
+from ..datasets import (
     Finish,
     Relabelled,
     build_dataset,
@@ -18,9 +19,7 @@ from kernelwarehouse.datasets import (
     build_train_loader,
     viewable,
 )
-from kernelwarehouse.models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
-from kernelwarehouse.schema import Config, ConfigError
-
+from ..models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
 from .distributed import World
 from .dry_run import describe
 from .evaluate import Metrics, at_size, evaluate, predict

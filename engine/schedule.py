@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from kernelwarehouse.schema import ConfigError, RunConfig
+from ..configs.schema import ConfigError, RunConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from kernelwarehouse.models import CheckpointError, conversion_plan, set_temperature, warehouse_users
-from kernelwarehouse.models.tuning import recall, tuned_layers
-from kernelwarehouse.schema import Config, ConfigError, RunConfig
-
+from ..configs.schema import Config, ConfigError, RunConfig
+from ..models import CheckpointError, conversion_plan, set_temperature, warehouse_users
+from ..models.tuning import recall, tuned_layers
 from .amp import grad_scaler
 from .distributed import World
 from .freeze import freeze_parameters

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kernelwarehouse.datasets import begin_epoch
-from kernelwarehouse.models import set_temperature
-
+from ..datasets import begin_epoch
+from ..models import set_temperature
 from .amp import autocast
 from .distributed import World
 from .freeze import train_mode

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernelwarehouse.models.tuning import Layer, recall, tune, tuned_layers
-from kernelwarehouse.schema import Config, ConfigError
-
+from ..configs.schema import Config, ConfigError
+from ..models.tuning import Layer, recall, tune, tuned_layers
 from .amp import autocast
 from .distributed import World
 from .log import say

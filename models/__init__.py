@@ -1,6 +1,6 @@
 """Models: backbones of timm, converted to dynamic convolutions."""
 
-from ..schema import ConfigError, KWConfig, ModelConfig
+from ..configs.schema import ConfigError, KWConfig, ModelConfig
 from .build import build_model
 from .checkpoints import (
     DEFAULT_KEY,

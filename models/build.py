@@ -14,7 +14,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from ..schema import ConfigError, KWConfig, ModelConfig, load_config
+from ..configs.schema import ConfigError, KWConfig, ModelConfig, load_config
 from .backbones import find_family
 from .convert import convert_, plan_conversion, remove_unused_warehouses_
 

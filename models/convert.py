@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from ..schema import KWConfig
+from ..configs.schema import KWConfig
 from .backbones import Family, find_family
 from .ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, Warehouses
 from .ops.kernel_warehouse.partition import Partition, count_cells, share_cells

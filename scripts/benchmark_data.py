@@ -22,8 +22,8 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor
 from tqdm import tqdm
 
+from kernelwarehouse.configs.schema import load_config
 from kernelwarehouse.datasets import Finish, build_dataset, build_train_loader
-from kernelwarehouse.schema import load_config
 
 RECIPE = "resnet18/kw1x_resnet18"
 BATCH = 50

@@ -17,8 +17,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.datasets.scenes import Cutouts, Scene, draw_scene, load_backgrounds, load_digits, load_fashion
-from kernelwarehouse.schema import ConfigError
 
 SPLITS = ("train", "val")
 # Below it a digit is a few pixels; above it the photographs, 427 pixels high, would be enlarged.

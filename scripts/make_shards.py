@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.datasets import ClassFolders, write_shards
-from kernelwarehouse.schema import ConfigError
 
 
 def main() -> int:

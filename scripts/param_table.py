@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelwarehouse import build_model
-from kernelwarehouse.schema import find_config, load_config
+from kernelwarehouse.configs.schema import find_config, load_config
 
 # Published by the authors on ImageNet: parameters in millions, top-1 in percent. DeiT has no published table of ours.
 PUBLISHED = {

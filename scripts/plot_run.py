@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import check_picture
-from kernelwarehouse.schema import ConfigError
 
 
 def read_log(run: Path) -> list[dict[str, float]]:

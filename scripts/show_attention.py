@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from kernelwarehouse.configs.schema import Config, ConfigError, load_config
 from kernelwarehouse.datasets import eval_transform
 from kernelwarehouse.engine import check_picture
 from kernelwarehouse.models import CheckpointError, build_model, load_checkpoint, read_checkpoint, set_temperature
-from kernelwarehouse.schema import Config, ConfigError, load_config
 
 # Assignments are marked up to so many mixtures in a heat map, beyond which the dots would cover it.
 MARKED = 400

@@ -11,28 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from networks import TINY
 
+from kernelwarehouse.configs.schema import ConfigError, known_fields
 from kernelwarehouse.engine import EXIT_INTERRUPTED, parse_arguments
 from kernelwarehouse.engine.checkpoint import newest_checkpoint
-from kernelwarehouse.schema import ConfigError, known_fields
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "model": "kw_resnet18",
-    "sharing_range": "layer_conv",
-    "model_kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
-    "nb_classes": 10,
-    "in_chans": 1,
-    "input_size": 16,
-    "device": "cpu",
-    "num_workers": 0,
-    "batch_size": 256,
-    "epochs": 2,
-    "warmup_epochs": 0,
-    "temp_epoch": 1,
-    "mixup": 0,
-    "cutmix": 0,
-}
 
 
 @pytest.fixture(scope="module")

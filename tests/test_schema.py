@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kernelwarehouse.schema import (
+from kernelwarehouse.configs.schema import (
     ConfigError,
     KWConfig,
     ModelConfig,

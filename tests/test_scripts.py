@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from kernelwarehouse.configs.schema import load_config
 from kernelwarehouse.datasets import Digits, eval_transform
 from kernelwarehouse.models import build_model, set_temperature
-from kernelwarehouse.schema import load_config
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import TINY
 
 from kernelwarehouse import build_model, load_checkpoint, set_temperature
 from kernelwarehouse.engine import World, evaluate_run, parse_arguments, train_run
-
-from .test_main import TINY
 
 ROOT = Path(__file__).parents[1]
 NARROW = {"model": "kw_resnet18", "model_kwargs": {"channels": [8, 8, 16, 16]}, "nb_classes": 5}

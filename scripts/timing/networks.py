@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, set_implementation
+from kernelwarehouse.configs.schema import load_config
 from kernelwarehouse.models import fold_
-from kernelwarehouse.schema import load_config
 
 from .clock import HALF
 

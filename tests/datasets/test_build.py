@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from kernelwarehouse.configs.schema import ConfigError, load_config
 from kernelwarehouse.datasets import build_dataset, build_datasets
-from kernelwarehouse.schema import ConfigError, load_config
 
 
 def config(path="", **fields):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.datasets import UNLABELLED, Digits, Relabelled
-from kernelwarehouse.schema import ConfigError
 
 
 @pytest.fixture

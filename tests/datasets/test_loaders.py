@@ -12,8 +12,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.datasets import EvalSampler, TrainSampler, begin_epoch, build_eval_loader, build_train_loader
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 
 class Draws(Dataset):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kernelwarehouse.configs.schema import ConfigError, load_config
 from kernelwarehouse.datasets import UNLABELLED, DataError, Finish, build_dataset, build_train_loader
 from kernelwarehouse.datasets.photographs import decode
-from kernelwarehouse.schema import ConfigError, load_config
 
 DAMAGED = ("cat/1.jpg", "cat/2.jpg", "dog/4.jpg")
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.datasets import scenes
 from kernelwarehouse.datasets.scenes import (
     MIN_CONTRAST,
@@ -15,7 +16,6 @@ from kernelwarehouse.datasets.scenes import (
     load_digits,
     load_fashion,
 )
-from kernelwarehouse.schema import ConfigError
 
 SQUARES = Cutouts(np.ones((1, 8, 8)), np.array([0]), ("square",), edge=0.4)
 GREY = [Image.new("RGB", (200, 200), (120, 120, 120))]

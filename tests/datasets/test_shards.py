@@ -6,8 +6,8 @@ import torch
 import webdataset
 from PIL import Image
 
+from kernelwarehouse.configs.schema import ConfigError, load_config
 from kernelwarehouse.datasets import ClassFolders, Finish, Shards, build_dataset, build_train_loader, write_shards
-from kernelwarehouse.schema import ConfigError, load_config
 
 
 @pytest.fixture(scope="module")

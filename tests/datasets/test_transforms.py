@@ -10,9 +10,9 @@ from timm.data import auto_augment, create_transform, random_erasing
 from timm.utils import random_seed
 from torchvision import transforms as T
 
+from kernelwarehouse.configs.schema import ConfigError, load_config
 from kernelwarehouse.datasets import Digits, Finish, build_dataset, eval_transform, train_transform, transforms
 from kernelwarehouse.datasets.finish import statistics
-from kernelwarehouse.schema import ConfigError, load_config
 
 DRAWS = 10_000
 MARK = 99.0

@@ -5,9 +5,9 @@ import torch
 from mmdet.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection import KWBackbone, SimpleFeaturePyramid
 from kernelwarehouse.models import CheckpointError, build_model, to_upstream, warehouse_users
-from kernelwarehouse.schema import ConfigError
 
 # Small networks of each family, with arguments of the backbone.
 FAMILIES = {

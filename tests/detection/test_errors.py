@@ -11,11 +11,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import BaseModule
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection import test, train
 from kernelwarehouse.detection.bridge import MissingOperatorError
 from kernelwarehouse.detection.cli import build_parser, read_config, run
 from kernelwarehouse.models import CheckpointError, build_model
-from kernelwarehouse.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32]}

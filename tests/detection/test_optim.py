@@ -5,9 +5,9 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection import KWBackbone
 from kernelwarehouse.models import warehouse_users
-from kernelwarehouse.schema import ConfigError
 
 CONVNEXT = {"model": "kw_convnext_tiny", "model_kwargs": {"depths": [1, 1, 3, 1], "dims": [8, 16, 24, 32]}}
 

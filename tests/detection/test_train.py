@@ -10,9 +10,9 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection import test, train
 from kernelwarehouse.models import build_model, read_checkpoint
-from kernelwarehouse.schema import ConfigError
 
 NO_VAL = ("val_dataloader=None", "val_evaluator=None", "val_cfg=None")
 

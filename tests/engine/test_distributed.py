@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.datasets import build_train_loader
 from kernelwarehouse.engine import Training, World, join
 from kernelwarehouse.engine.checkpoint import read_state
@@ -22,7 +23,6 @@ from kernelwarehouse.engine.keeper import Keeper
 from kernelwarehouse.engine.log import Progress
 from kernelwarehouse.engine.signals import Notice
 from kernelwarehouse.engine.train import train_epoch
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[2]
 CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv"}

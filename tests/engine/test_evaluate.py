@@ -9,11 +9,11 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.datasets import EvalSampler
 from kernelwarehouse.engine import Metrics, World, evaluate
 from kernelwarehouse.engine.evaluate import at_size, predict
 from kernelwarehouse.models import build_model
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 LINE = re.compile(r"Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}")
 

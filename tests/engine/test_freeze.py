@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import Training
 from kernelwarehouse.engine.freeze import freeze_parameters, train_mode
 from kernelwarehouse.models import build_model, warehouse_users
-from kernelwarehouse.schema import ConfigError
 
 SMALL = {"model": "kw_resnet18", "model_kwargs": {"channels": [8, 8, 8, 8]}, "nb_classes": 10, "in_chans": 1}
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.datasets import begin_epoch, build_dataset, build_train_loader, viewable
 from kernelwarehouse.engine import log, train_run
 from kernelwarehouse.engine.log import Progress, RunLog
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 
 def test_a_line_of_progress_names_rate_memory_and_time_left(monkeypatch, capsys):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.engine.optim import build_optimizer, parameter_groups, parameter_layers
 from kernelwarehouse.engine.schedule import set_lr
 from kernelwarehouse.models import build_model, warehouse_users
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 FAMILIES = {
     "resnet18": {"channels": [8, 8, 8, 8]},

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import SaveError, World, evaluate_run, train_run
 from kernelwarehouse.engine.outputs import check_outputs
 from kernelwarehouse.models import build_model
-from kernelwarehouse.schema import ConfigError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

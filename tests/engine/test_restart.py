@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import EXIT_INTERRUPTED, Interrupted, SaveError, World, join, train_run
 from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.engine.resume import keep_total_batch
 from kernelwarehouse.models import CheckpointError
-from kernelwarehouse.schema import ConfigError
 
 ROOT = Path(__file__).parents[2]
 # Everything that draws at random or has a state: augmentation, mixing, dropout, annealing, momenta, averages.

@@ -7,11 +7,11 @@ import types
 import pytest
 import torch
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import evaluate_run, keeper, train, train_run
 from kernelwarehouse.engine import run as run_module
 from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.models import CheckpointError, build_model
-from kernelwarehouse.schema import ConfigError
 
 CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv", "batch_size": 256, "lr": 4e-3}
 

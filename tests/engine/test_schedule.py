@@ -5,9 +5,9 @@ import math
 import pytest
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.engine.optim import build_optimizer
 from kernelwarehouse.engine.schedule import Schedule, set_weight_decay
-from kernelwarehouse.schema import ConfigError, RunConfig
 
 
 def schedule(iterations=10, **fields):

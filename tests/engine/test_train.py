@@ -7,11 +7,11 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import NonFiniteLossError, Training
 from kernelwarehouse.engine.state import synchronise_norms
 from kernelwarehouse.engine.train import update_weights
 from kernelwarehouse.models import build_model
-from kernelwarehouse.schema import ConfigError
 
 
 def linear_net():

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import World, evaluate_run, run, train_run
 from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.engine.tuning import tune_for
@@ -12,7 +13,6 @@ from kernelwarehouse.models import build_model
 from kernelwarehouse.models import tuning as models_tuning
 from kernelwarehouse.models.ops.kernel_warehouse import layer
 from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
-from kernelwarehouse.schema import ConfigError
 
 pytestmark = pytest.mark.usefixtures("untuned")
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import kernelwarehouse
 from kernelwarehouse import ConfigError, ModelConfig, build_model, load_checkpoint, set_temperature
+from kernelwarehouse.configs.schema import find_config
 from kernelwarehouse.models.build import PRESETS
 from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, KWLinear, Warehouses
-from kernelwarehouse.schema import find_config
 
 DEIT = {  # name: parameters of the static network, and of ours at 1× and 4×
     "deit_tiny": (5_717_416, 6_363_640, 22_546_360),

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import narrow_resnet
 from torch import nn
 
 from kernelwarehouse import KWConfig, build_model, convert_, plan_conversion, set_temperature
@@ -14,16 +15,6 @@ from kernelwarehouse.models import remove_unused_warehouses_, warehouse_users
 from kernelwarehouse.models.backbones import find_family
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv3d, KWLayer, KWLinear
 from kernelwarehouse.models.ops.kernel_warehouse.layers import KWConvNd
-
-
-def narrow_resnet(**kwargs):
-    torch.manual_seed(0)
-    net = timm.create_model("resnet18", channels=(8, 8, 16, 16), num_classes=5, zero_init_last=False, **kwargs)
-    for module in net.modules():  # a network with statistics of its own, so that no branch is silent
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.1)
-    return net.eval()
 
 
 class Net1d(nn.Module):

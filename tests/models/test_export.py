@@ -3,10 +3,9 @@
 import onnxruntime
 import pytest
 import torch
+from fill import fill
 
 from kernelwarehouse import build_model
-
-from .fill import fill
 
 BATCHES = (1, 2, 5)
 

@@ -2,13 +2,12 @@ import copy
 
 import pytest
 import torch
+from layers import LAYERS, make
 from torch import nn
 
 from kernelwarehouse import build_model, fold_, set_temperature
 from kernelwarehouse.models import warehouse_users
 from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, folded, streamed
-
-from .ops.layers import LAYERS, make
 
 FOLDABLE = [name for name in LAYERS if name not in ("depthwise", "whole-kernel-cells")]
 

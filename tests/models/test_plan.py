@@ -4,10 +4,9 @@ import json
 import pytest
 import timm
 import torch
+from networks import narrow_resnet
 
 from kernelwarehouse import ConversionPlan, KWConfig, plan_conversion
-
-from .test_convert import narrow_resnet
 
 
 class TestPlan:

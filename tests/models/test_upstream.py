@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fill import fill, images
 
 from kernelwarehouse import build_model, load_checkpoint, set_temperature
+from kernelwarehouse.configs.schema import find_config, load_config
 from kernelwarehouse.models import to_upstream
-from kernelwarehouse.schema import find_config, load_config
-
-from .fill import fill, images
 
 DATA = Path(__file__).parent.parent / "data"
 MODELS = json.loads((DATA / "upstream_models.json").read_text())

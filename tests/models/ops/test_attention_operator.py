@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from layers import make
 from torch import nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, attention_operator, set_implementation
 from kernelwarehouse.models.ops.kernel_warehouse import layer as layers
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.native import mean
-
-from .layers import make
 
 SIZES = {"plane": (7, 5), "pixel": (1, 1), "line": (11,), "volume": (3, 2, 5), "large": (40, 31)}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from convolutions import CONVOLUTIONS, DEPTHWISE, convolution, depthwise_leaves, needs_compiler
 
 from kernelwarehouse import build_model, set_implementation
 from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
@@ -12,9 +13,6 @@ from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
 from kernelwarehouse.models.ops.native import call, mean, use_tiles
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
-
-from .convolutions import CONVOLUTIONS, convolution, needs_compiler
-from .test_depthwise import CASES, leaves
 
 needs_bfloat16 = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="the processor does not multiply bfloat16"
@@ -119,9 +117,9 @@ def test_tiles_are_taken_where_there_are_some(registers):
     assert (in_registers - in_tiles).norm() < 1e-2 * in_tiles.norm()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DEPTHWISE)
 def test_depthwise_convolutions_are_no_further_from_the_truth_than_grouped_ones(case):
-    operands, arguments = leaves(case, 75)
+    operands, arguments = depthwise_leaves(case, 75)
 
     def compute(implementation):
         return lambda *operands: dynamic_conv(*operands, **arguments, implementation=implementation)

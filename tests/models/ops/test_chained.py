@@ -4,6 +4,9 @@ import time
 
 import pytest
 import torch
+from convolutions import needs_compiler
+from layers import make, naive_forward
+from parity import assert_parity
 
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import (
@@ -17,10 +20,6 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
 )
 from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
-
-from .convolutions import needs_compiler
-from .layers import make, naive_forward
-from .parity import assert_parity
 
 
 def wide_layer(cells=96, channels=16):

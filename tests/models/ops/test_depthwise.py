@@ -4,39 +4,14 @@ import itertools
 
 import pytest
 import torch
+from convolutions import DEPTHWISE, depthwise_leaves, needs_compiler
+from parity import assert_parity
 
 from kernelwarehouse.models.ops.dynamic_conv import depthwise, dynamic_conv
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv
 
-from .convolutions import needs_compiler
-from .parity import assert_parity
-
-# kernel, size of the input, and the convolution's arguments
-CASES = {
-    "padding": ((3, 3), (7, 5), {"padding": 1}),
-    "kernel-as-large-as-the-image": ((7, 7), (7, 7), {"padding": 3}),
-    "kernel-larger-than-the-image": ((7, 7), (2, 3), {"padding": 3}),
-    "one-pixel": ((3, 3), (1, 1), {"padding": 1}),
-    "stride": ((3, 3), (9, 8), {"stride": 2, "padding": 1}),
-    "unread-pixels": ((2, 1), (9, 7), {"stride": 4}),
-    "unequal": ((3, 2), (13, 9), {"stride": (2, 3), "padding": (4, 0), "dilation": (3, 1)}),
-    "unequal-padding": ((2, 4), (4, 5), {"padding": "same"}),
-    "circular": ((3, 3), (5, 4), {"padding": 1, "padding_mode": "circular"}),
-    "wide": ((1, 9), (2, 31), {"padding": (0, 4), "dilation": (1, 2)}),
-    "pointwise": ((1, 1), (4, 5), {"stride": 2}),
-    "line": ((5,), (16,), {"stride": 3, "padding": 4}),
-    "volume": ((3, 2, 3), (4, 5, 6), {"stride": (1, 2, 1), "padding": (1, 0, 2), "dilation": (2, 1, 1)}),
-}
 pytestmark = needs_compiler
-
-
-def leaves(case, channels, batch=2, dtype=torch.float64):
-    kernel, size, arguments = CASES[case]
-    torch.manual_seed(0)
-    x = torch.randn(batch, channels, *size, dtype=dtype).movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
-    weight = torch.randn(batch, channels, 1, *kernel, dtype=dtype, requires_grad=True)
-    return {"x": x, "weight": weight}, {**arguments, "groups": channels}
 
 
 def assert_equal_to_naive(operands, arguments, tolerance=1e-12):
@@ -55,25 +30,25 @@ def threads():
 
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 1), (37, 2), (75, 7)])  # registers, and what is left over
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DEPTHWISE)
 def test_parity(threads, case, channels, count):
     threads(count)
-    assert_equal_to_naive(*leaves(case, channels))
+    assert_equal_to_naive(*depthwise_leaves(case, channels))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DEPTHWISE)
 def test_parity_in_single_precision(case):
-    assert_equal_to_naive(*leaves(case, 70, dtype=torch.float32), tolerance=1e-5)
+    assert_equal_to_naive(*depthwise_leaves(case, 70, dtype=torch.float32), tolerance=1e-5)
 
 
 def test_parity_of_one_sample_whose_lines_and_channels_are_shared_out(threads):
     threads(5)
-    assert_equal_to_naive(*leaves("stride", 100, batch=1))
+    assert_equal_to_naive(*depthwise_leaves("stride", 100, batch=1))
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels-last", "channels-first"])
 def test_the_layout_is_kept_and_any_input_is_read(last):
-    operands, arguments = leaves("padding", 12)
+    operands, arguments = depthwise_leaves("padding", 12)
     memory_format = torch.channels_last if last else torch.contiguous_format
     operands["x"] = operands["x"].detach().to(memory_format=memory_format).requires_grad_()
     y = dynamic_conv(*operands.values(), **arguments, implementation="depthwise")
@@ -85,7 +60,7 @@ def test_the_layout_is_kept_and_any_input_is_read(last):
 
 
 def test_operators_are_well_formed():
-    operands, _ = leaves("unequal", 20)
+    operands, _ = depthwise_leaves("unequal", 20)
     x, kernels = operands["x"].detach(), torch.randn(2, 6, 20).double()
     window = [1, 3, 2, 1, 2, 3, 0, 4, 0, 1, 3, 1]
     y = depthwise.convolve_depthwise(x, kernels, window)

@@ -1,10 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import assert_parity
 
 from kernelwarehouse.models.ops.dynamic_conv import IMPLEMENTATIONS, dynamic_conv
-
-from .parity import assert_parity
 
 # name: (batch, in channels, out channels, input size, kernel size, other arguments)
 CASES = {

@@ -8,6 +8,10 @@ import warnings
 
 import pytest
 import torch
+from convolutions import CONVOLUTIONS, convolution
+from interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
+from layers import make, naive_forward
+from parity import assert_parity
 
 from kernelwarehouse.models.ops import kernel_warehouse
 from kernelwarehouse.models.ops.geometry import Geometry
@@ -20,11 +24,6 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     set_temperature,
 )
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
-
-from .convolutions import CONVOLUTIONS, convolution
-from .interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
-from .layers import make, naive_forward
-from .parity import assert_parity
 
 
 def case(name):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, attention_operator, fused
-
-from .interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
 
 
 def attention_of(cells=37, mixtures=3, channels=40, dtype=torch.float64):

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from layers import LAYERS, make
 from torch import nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import (
@@ -15,8 +16,6 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
 )
 from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.kernel_warehouse.mixing import cut
-
-from .layers import LAYERS, make
 
 
 @pytest.mark.parametrize("case", LAYERS)

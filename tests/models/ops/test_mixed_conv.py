@@ -5,6 +5,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from convolutions import needs_compiler
+from layers import LAYERS, make, naive_forward
+from parity import assert_parity
 from torch import nn
 
 from kernelwarehouse import build_model, set_implementation
@@ -22,10 +25,6 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
 from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs, folding_saves
 from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
-
-from .convolutions import needs_compiler
-from .layers import LAYERS, make, naive_forward
-from .parity import assert_parity
 
 FAST = [name for name in NAMES if name not in ("naive", "fused")]  # fused: see test_fused
 

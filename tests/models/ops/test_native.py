@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from convolutions import CONVOLUTIONS, convolution, needs_compiler
+from parity import assert_parity
 
 from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
 from kernelwarehouse.models.ops.geometry import Geometry
@@ -19,9 +21,6 @@ from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_con
 from kernelwarehouse.models.ops.native import NativeError, can_run, library
 from kernelwarehouse.models.ops.native.build import built
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
-
-from .convolutions import CONVOLUTIONS, convolution, needs_compiler
-from .parity import assert_parity
 
 ROOT = Path(__file__).parents[3]
 FORGET = _obstacle, _warn_once, library

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from convolutions import needs_compiler
+from layers import LAYERS, make, naive_forward
 
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv2d, Warehouses, native_inference
 from kernelwarehouse.models.ops.kernel_warehouse import layer as layers
 from kernelwarehouse.models.ops.kernel_warehouse.attention_operator import parameters_of
-
-from .layers import LAYERS, make, naive_forward
-from .test_native import needs_compiler
 
 pytestmark = needs_compiler
 LEFT = {"conv2d-nonlocal", "conv1d-circular", "whole-kernel-cells"}  # to two operators

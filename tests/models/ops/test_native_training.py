@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from convolutions import needs_compiler
+from layers import LAYERS, make, naive_forward
+from parity import assert_parity
 from torch.utils.checkpoint import checkpoint
 
 from kernelwarehouse.models.ops.kernel_warehouse import layer as layers
-
-from .layers import LAYERS, make, naive_forward
-from .parity import assert_parity
-from .test_native import needs_compiler
 
 pytestmark = needs_compiler
 LEFT = {"conv2d-nonlocal", "conv1d-circular", "whole-kernel-cells"}  # to two functions

@@ -4,14 +4,13 @@ import threading
 
 import pytest
 import torch
+from convolutions import needs_compiler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv2d, Warehouses, native
 from kernelwarehouse.models.ops.kernel_warehouse import layer as layers
 from kernelwarehouse.models.ops.kernel_warehouse.shared import SharedCells
-
-from .test_native import needs_compiler
 
 pytestmark = needs_compiler
 
