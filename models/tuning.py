@@ -1,11 +1,10 @@
 """Implementations by measurement: each is timed in every layer of a network, and "auto" takes the fastest from then on.
 
-What "auto" takes otherwise is estimated, with factors of the processors that they were measured on (`cost.py`). On
-another processor, and on a GPU above all, measuring is better. Every implementation's results are compared first.
+What "auto" takes otherwise is estimated, with factors of the processors that they were measured on. On another
+processor, and on a GPU above all, measuring is better. Every implementation's results are compared first.
 """
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,113 +14,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.kernel_warehouse import KWLayer, supports
-from .ops.kernel_warehouse.layer import NAMES
-from .ops.kernel_warehouse.mixed_conv import choose, computing_type
-from .ops.kernel_warehouse.tuned import remember, remembered, tuned
-from .ops.native import can_run
+from .ops.selection import Implementation, Selectable, Signature, case, estimate, measured, remember, remembered
 
-MOST_BYTES = 1 << 30  # kernels, mixed inputs or products beyond it are not tried
+MOST_BYTES = 1 << 30  # implementations that write more than this for one layer are not tried
 _FASTER = 0.97  # of the time of what is estimated to be fastest: anything nearer is the clock's
 _ROUNDING = 2  # times the root of what a type rounds by: results that differ by more are wrong
 _NEAR = 1.5  # times the least time of the first round: anything beyond is not timed again
+_UNTRIED = ("reference",)  # loops
 
 Results = dict[str, list[Tensor | None]]  # outputs, and gradients of each kind
 
 
 @dataclass
 class Layer:
-    """Converted layers of one shape in a network.
+    """Layers of one shape in a network.
 
     Attributes:
         name: Of the first of them.
-        module: A copy of it, of the network's cells.
+        module: A copy of it that shares the network's parameters.
         x: Its input, which requires a gradient if it does in the network.
         y: Its output.
-        dtype: What it computes in.
-        count: How many there are.
+        signature: What decides how it is computed.
+        learned: Parameters of the network, some of which the layer uses.
         training: Whether they are to be timed in training, forward and backward.
+        count: How many there are.
         seconds: By implementation, once they are.
         taken: The fastest of them by `tune`, "auto" where that is what is estimated.
     """
 
     name: str
-    module: KWLayer
+    module: nn.Module
     x: Tensor
     y: Tensor
-    dtype: torch.dtype
+    signature: Any
+    learned: list[nn.Parameter]
     training: bool
     count: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     taken: str = "auto"
 
     @property
-    def images(self) -> Tensor:
-        """The input as the convolution sees it, (B, Cin, *spatial)."""
-        return self.module.as_images(self.x)
-
-    @property
-    def positions(self) -> int:
-        """P, the output positions of one sample."""
-        return self.y[0].numel() // self.module.partition.kernel[0]
+    def candidates(self) -> Mapping[str, Implementation]:
+        """The implementations by name."""
+        assert isinstance(self.module, Selectable)
+        return self.module.candidates(self.signature)
 
     def estimated(self) -> str:
         """The implementation that should be the fastest."""
-        module, images = self.module, self.images.to(self.dtype)
-        hidden = module.attention.fc1.out_features
-        with torch.set_grad_enabled(self.training):
-            return choose(module.partition, module.geometry, len(module.cells), images, hidden)
+        return estimate(self.signature, self.candidates).name
 
     def can_try(self, name: str) -> bool:
-        """Whether an implementation, or "folded", exists for the layer, and writes no more than `MOST_BYTES`."""
-        if name == "native" and not can_run(self.x.device.type, self.dtype):
+        """Whether an implementation can compute the layer, and writes no more than `MOST_BYTES`."""
+        implementation = self.candidates[name]
+        if name in _UNTRIED or implementation.supports(self.signature) is not None:
             return False
-        partition, batch, n = self.module.partition, len(self.x), len(self.module.cells)
-        kernel = math.prod(partition.kernel)
-        written = {
-            "streamed": 0,
-            "native": 0,
-            "chained": 2 * (self.module.attention.fc1.out_features + 2) * kernel,
-            "folded": (self.module.attention.fc1.out_features + 1) * kernel,
-            "inputs": batch * partition.grid[-2] * n * math.prod(partition.cell[1:]) * self.positions,
-        }.get(name, batch * kernel)
-        fits = written * self.x.element_size() <= MOST_BYTES
-        return fits and supports("streamed" if name == "folded" else name, partition, self.module.geometry)
+        return implementation.workspace(self.signature) <= MOST_BYTES
 
     def step(self, implementation: str) -> Callable[[], Results]:
         """What computes the layer in one way: see the function `step`."""
-        module = self.module
 
         def forward(x: Tensor) -> Tensor:
-            module.implementation = implementation
-            return module.forward(x)  # without hooks, whose owner does not expect the calls
+            self.module.implementation = implementation  # pyright: ignore[reportAttributeAccessIssue]
+            return self.module.forward(x)  # without hooks, whose owner does not expect the calls
 
-        learned = {"the cells": [module.cells], "parameters": list(module.parameters())}
-        return step(forward, self.x, self.y, learned, self.training)
-
-
-def implementations(device: torch.device) -> tuple[str, ...]:
-    """Those that are worth timing on a device."""
-    return tuple(name for name in NAMES if name != "naive" and (name != "fused" or device.type == "cuda"))
+        return step(forward, self.x, self.y, {"parameters": self.learned}, self.training)
 
 
 def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
-    """Run a network once, as in evaluation, and return its converted layers, those of equal shapes as one.
+    """Run a network once, as in evaluation, and return its layers with several implementations, equal ones as one.
 
     Raises:
         ValueError: It has none.
     """
-    layers: dict[Any, Layer] = {}
-    paths = {m: name for name, m in model.named_modules() if isinstance(m, KWLayer) and m.products is None}
+    layers: dict[Signature, Layer] = {}
+    paths = {m: name for name, m in model.named_modules() if isinstance(m, Selectable)}
     if not paths:
         raise ValueError("the model has no converted layer to tune")
+    learned = list(model.parameters())
 
-    def note(module: KWLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
-        call = module.call(module.as_images(args[0]))
-        if call not in layers:
+    def note(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        assert isinstance(module, Selectable)
+        signature = module.signature(args[0])
+        if signature not in layers:
             seen = args[0].detach().requires_grad_(args[0].requires_grad)
-            layers[call] = Layer(paths[module], module, seen, y.detach(), computing_type(seen), training)
-        layers[call].count += 1
+            layers[signature] = Layer(paths[module], module, seen, y.detach(), signature, learned, training)
+        layers[signature].count += 1
 
     modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(note) for module in paths]
@@ -134,9 +111,8 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
         for module, mode in modes.items():
             module.training = mode
     for layer in layers.values():
-        # Of the layer alone: the memo keeps deepcopy from the cells of the whole network.
-        memo = {id(layer.module.warehouses): layer.module.warehouses}
-        layer.module = copy.deepcopy(layer.module, memo).train(training)
+        # Statistics are the copy's, and parameters the network's: the memo keeps deepcopy from them.
+        layer.module = copy.deepcopy(layer.module, {id(p): p for p in learned}).train(training)
     return list(layers.values())
 
 
@@ -158,7 +134,7 @@ def step(
     def train() -> Results:
         with torch.enable_grad():
             found = forward(x)
-        results = {"outputs": [found.detach()]}
+        results: Results = {"outputs": [found.detach()]}
         if inputs:
             with torch.autocast(x.device.type, enabled=False):
                 gradients = iter(torch.autograd.grad(found, inputs, y.to(found.dtype), allow_unused=True))
@@ -190,7 +166,7 @@ def _wait(device: torch.device) -> None:
 
 
 def tune(model: nn.Module, x: Tensor, *, training: bool, rounds: int = 5) -> list[Layer]:
-    """Time every implementation in each converted layer, and let "auto" take the fastest for such images.
+    """Time every implementation in each layer, and let "auto" take the fastest for such images.
 
     That holds in this process for layers of the same sizes, in the same mode, under the same autocast, on the same
     device; for other images "auto" estimates as before. The network stays as it is, and so do torch's generators.
@@ -213,13 +189,11 @@ def tune(model: nn.Module, x: Tensor, *, training: bool, rounds: int = 5) -> lis
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         layers = distinct_layers(model, x, training)
         for layer in layers:
-            with torch.set_grad_enabled(training):
-                call = layer.module.call(layer.images)
-            known = tuned(call)
+            known = measured(layer.signature)
             if known is None:
                 layer.seconds = _time(layer, rounds)
             layer.taken = known or _fastest(layer.seconds)
-            remember({str(call): layer.taken})
+            remember({case(layer.signature): layer.taken})
     return layers
 
 
@@ -229,15 +203,15 @@ def tuned_layers() -> dict[str, str]:
 
 
 def recall(taken: Mapping[str, str]) -> None:
-    """Take what `tuned_layers` gave elsewhere; implementations that this version does not have are left out."""
-    remember({call: name for call, name in taken.items() if name in ("auto", *NAMES)})
+    """Take what `tuned_layers` gave elsewhere; what was measured on another machine or torch is not looked for here."""
+    remember(taken)
 
 
 def _time(layer: Layer, rounds: int) -> dict[str, float]:
     """Seconds by implementation, "auto" for the one that is estimated to be fastest."""
-    truth = layer.step("auto")
-    expected, steps = truth(), {"auto": truth}
-    for name in implementations(layer.x.device):
+    baseline = layer.step("auto")
+    expected, steps = baseline(), {"auto": baseline}
+    for name in layer.candidates:
         if name != layer.estimated() and layer.can_try(name):
             steps[name] = layer.step(name)
             if problem := _problem(steps[name], layer, expected):
@@ -262,7 +236,8 @@ def _problem(run: Callable[[], Results], layer: Layer, expected: Results) -> str
     except Exception as e:  # whatever a compiler or a driver says of a kernel that it cannot run
         return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
     # On a GPU products of fp32 may be rounded to TF32, which has as many digits as float16.
-    rounded = torch.float16 if layer.x.is_cuda and layer.dtype == torch.float32 else layer.dtype
+    dtype = layer.y.dtype
+    rounded = torch.float16 if layer.x.is_cuda and dtype == torch.float32 else dtype
     bound = _ROUNDING * torch.finfo(rounded).eps ** 0.5
     for name, values in expected.items():
         difference, norm = _norm(found[name], values), _norm(values)

@@ -1,1 +1,1 @@
-"""Operators: convolution with a kernel for every sample, and KernelWarehouse on top of it."""
+"""Operators, and the primitives that they are made of."""

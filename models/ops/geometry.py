@@ -76,14 +76,15 @@ class Geometry:
         flat = [p for pair in reversed(self.padding) for p in pair]
         return F.pad(x, flat, mode=PADDING_MODES[self.padding_mode])
 
-    @property
-    def pads_evenly(self) -> bool:
-        """Whether torch's convolution, which knows equal zeros on both sides only, can pad by itself."""
-        return self._left is not None
-
     def split_padding(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return x and the padding left for torch's convolution: all of it, or what remains is written out."""
         return (self.pad(x), (0,) * len(self.padding)) if self._left is None else (x, self._left)
+
+    def written_out(self, x: Tensor) -> tuple[Tensor, "Geometry"]:
+        """Return x and the arguments left for a convolution that pads equal zeros on both sides only."""
+        if self._left is not None:
+            return x, self
+        return self.pad(x), Geometry(self.stride, ((0, 0),) * len(self.stride), self.dilation, self.groups)
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output."""
@@ -100,7 +101,7 @@ def check_operands(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     """Raise a ValueError when x (B, Cin, *spatial) and weight (B, Cout, Cin/groups, *kernel) do not fit."""
     dims = len(geometry.stride)
     if x.ndim != dims + 2:
-        raise ValueError(f"a {dims}-D dynamic convolution needs an input (B, C, {dims} sizes), found {tuple(x.shape)}")
+        raise ValueError(f"a {dims}-D per-sample convolution needs an input (B, C, {dims} sizes), found {tuple(x.shape)}")
     if weight.ndim != dims + 3:
         raise ValueError(f"kernels must be (B, Cout, Cin/groups, {dims} sizes), found {tuple(weight.shape)}")
     if x.shape[0] == 0:

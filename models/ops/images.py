@@ -12,8 +12,16 @@ def empty_images(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return x.new_empty(x.shape[0], channels, *size)
 
 
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Images y (B, C, *spatial) with a bias (C,) or (B, C) added, if there is one."""
-    if bias is None:
-        return y
-    return y + bias.to(y.dtype).reshape(-1, bias.shape[-1], *(1,) * (y.ndim - 2))
+def of_channels(values: Tensor, images: Tensor) -> Tensor:
+    """Values (C,) or (B, C) in the type of images (B, C, *spatial), and in a shape that goes with theirs."""
+    return values.to(images.dtype).reshape(-1, values.shape[-1], *(1,) * (images.ndim - 2))
+
+
+def scaled(images: Tensor, scale: Tensor | None) -> Tensor:
+    """Images (B, C, *spatial) times a scale (C,) or (B, C), if there is one."""
+    return images if scale is None else images * of_channels(scale, images)
+
+
+def add_bias(images: Tensor, bias: Tensor | None) -> Tensor:
+    """Images (B, C, *spatial) with a bias (C,) or (B, C) added, if there is one."""
+    return images if bias is None else images + of_channels(bias, images)

@@ -1,15 +1,13 @@
 """KernelWarehouse (ICML 2024): kernels mixed, per input, from a warehouse of cells shared by a stage's layers."""
 
 from .attention import Attention
-from .layer import KWLayer, set_implementation
+from .layer import NAMES, KWLayer, set_implementation
 from .layers import KWConv1d, KWConv2d, KWConv3d, KWLinear
-from .mixed_conv import IMPLEMENTATIONS, mixed_conv, supports
-from .mixing import mix
 from .partition import Partition, assign, count_cells, share_cells
 from .warehouse import Warehouses, set_temperature
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "NAMES",
     "Attention",
     "KWConv1d",
     "KWConv2d",
@@ -20,10 +18,7 @@ __all__ = [
     "Warehouses",
     "assign",
     "count_cells",
-    "mix",
-    "mixed_conv",
     "set_implementation",
     "set_temperature",
     "share_cells",
-    "supports",
 ]

@@ -6,71 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..exporting import exporting
-from ..native import can_run, mean
+from ..cpu import unavailable
+from ..per_sample_conv import triton_conv
+from .coefficients import ATTENTION, COEFFICIENTS, coefficients, mean
+from .watched import AttentionBatchNorm1d, LayerNorm, Linear, Watched, is_untouched
 
-EPSILON = 1e-3
 LEAST_HIDDEN = 16
 
 
-def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of x (B, C, *spatial) over space, (B, C), and x, to be used in place of it from here on.
-
-    The gradient of the mean is then added to that of x at once, and never written for every position.
-    """
-    if torch.is_grad_enabled() and x.requires_grad and not exporting():
-        return _Pool.apply(x)
-    return _mean(x), x
-
-
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor):
-        ctx.set_materialize_grads(False)
-        ctx.shape = x.shape
-        return _mean(x), x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad_mean: Tensor | None, grad_x: Tensor | None):
-        if grad_mean is None:
-            return grad_x
-        each = (grad_mean / ctx.shape[2:].numel()).reshape(*ctx.shape[:2], *(1,) * (len(ctx.shape) - 2))
-        return each.expand(ctx.shape) if grad_x is None else grad_x + each
-
-
-def _mean(x: Tensor) -> Tensor:
-    # One call where torch takes several; and of bfloat16 torch, under autocast, makes a copy before it adds.
-    if can_run(x.device.type, x.dtype) and not exporting():
-        return mean(x).to(x.dtype)
-    return x.flatten(2).mean(dim=2)
-
-
-class AttentionBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d that can train on a batch of one.
-
-    One value has no variance to normalise by. Such a batch is normalised by the running statistics, as in
-    evaluation, and leaves them as they are.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, hidden) → (B, hidden)."""
-        if self.training and not self.normalises(x.shape[0]):
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
-
-    def normalises(self, batch: int) -> bool:
-        """Whether so many samples are normalised by statistics of their own."""
-        return self.training and batch > 1
-
-    def track(self, mean: Tensor, variance: Tensor) -> None:
-        """Let the running statistics follow those of a batch, (hidden,), the variance without bias."""
-        self.num_batches_tracked.add_(1)
-        weight = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
-
-
-class Attention(nn.Module):
+class Attention(Watched):
     """α = (1 − τ) · z / (Σ|z| + 1e-3) + τ · β with z = FC2(ReLU(Norm(FC1(mean of x over space)))).
 
     z holds, for each of the layer's m mixtures, one logit for each of the warehouse's n cells and one for the zero
@@ -112,14 +56,14 @@ class Attention(nn.Module):
         self.own_cells = own_cells
         hidden = hidden_width(in_channels, reduction)
         self.num_basis = basis_size(num_cells - len(own_cells), nonlocal_basis_ratio)
-        self.fc1 = nn.Linear(in_channels, hidden, bias=norm != "batch", **kwargs)
-        self.norm = (AttentionBatchNorm1d if norm == "batch" else nn.LayerNorm)(hidden, **kwargs)
+        self.fc1 = Linear(in_channels, hidden, bias=norm != "batch", **kwargs)
+        self.norm = (AttentionBatchNorm1d if norm == "batch" else LayerNorm)(hidden, **kwargs)
         if self.num_basis:
-            self.fc2 = nn.Linear(hidden, (len(own_cells) + self.num_basis + 1) * self.mixtures, bias=False, **kwargs)
-            self.fc3 = nn.Linear(self.num_basis, num_cells - len(own_cells), bias=False, **kwargs)
+            self.fc2 = Linear(hidden, (len(own_cells) + self.num_basis + 1) * self.mixtures, bias=False, **kwargs)
+            self.fc3 = Linear(self.num_basis, num_cells - len(own_cells), bias=False, **kwargs)
             self.basis_bias = nn.Parameter(torch.zeros((num_cells + 1) * self.mixtures, **kwargs))
         else:
-            self.fc2 = nn.Linear(hidden, (num_cells + 1) * self.mixtures, **kwargs)
+            self.fc2 = Linear(hidden, (num_cells + 1) * self.mixtures, **kwargs)
         held = torch.tensor([num_cells if cell is None else cell for cell in assignment], device=device)
         beta = F.one_hot(held, num_cells + 1)[:, :-1].to(self.fc1.weight.dtype)
         self.register_buffer("assignment", beta, persistent=False)
@@ -148,9 +92,9 @@ class Attention(nn.Module):
         bias.copy_(F.pad(self.assignment, (0, 1)).flatten())
 
     def is_linear(self) -> bool:
-        """Whether torch's own linear layers make the logits, so that their weights are all that there is to know."""
+        """Whether the logits are linear in the hidden vector as far as anybody can see, so that weights say it all."""
         layers = (self.fc2, self.fc3) if self.num_basis else (self.fc2,)
-        return all(type(layer).forward is nn.Linear.forward for layer in layers)
+        return not self.watched and all(is_untouched(layer) for layer in layers)
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """h = ReLU(Norm(FC1(mean of x over space))): (B, C) → (B, hidden)."""
@@ -168,24 +112,47 @@ class Attention(nn.Module):
         z = torch.cat([others[..., :start], local, others[..., start:], zero], dim=2)
         return z + self.basis_bias.to(z.dtype).reshape(self.mixtures, -1) if offset else z
 
-    @staticmethod
-    def total(z: Tensor) -> Tensor:
-        """Σ|z| over n + 1 logits, in fp32 at least: (B, m, n + 1) → (B, m, 1)."""
-        return torch.linalg.vector_norm(z, 1, dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
-
-    def forward(self, pooled: Tensor, temperature: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temperature: Tensor, operators: str = "cpp") -> Tensor:
         """Compute the coefficients.
 
         Args:
-            pooled: Mean of the layer's input over space, (B, C), of `pool`.
+            x: The layer's input as images, (B, C, *spatial).
             temperature: τ, a scalar tensor.
+            operators: "torch" for differentiable operators alone; "cpp" and "triton" for one operator, or a few, where
+                that can run and no part is watched or changed.
 
         Returns:
             α, (B, m, n).
         """
-        z = self.logits(self.hidden(pooled))
-        alpha = (z[..., :-1] / (self.total(z) + EPSILON)).to(z.dtype)
-        return torch.lerp(alpha, self.assignment.to(z.dtype), temperature.to(z.dtype))
+        if operators == "torch":
+            return coefficients(self.logits(self.hidden(x.flatten(2).mean(dim=2))), self.assignment, temperature)
+        fused = self._is_fused(x, operators)
+        if fused and not torch.is_grad_enabled() and self._is_fixed(x):
+            norm = self.norm
+            statistics = (None, None) if isinstance(norm, LayerNorm) else (norm.running_mean, norm.running_var)
+            fc1, fc2 = (self.fc1.weight, self.fc1.bias), (self.fc2.weight, self.fc2.bias)
+            parameters = *fc1, *statistics, norm.weight, norm.bias, *fc2, self.assignment, temperature
+            return ATTENTION.apply(norm.eps, x, *parameters)
+        hidden = self.hidden(mean(x))
+        if not fused:
+            return coefficients(self.logits(hidden), self.assignment, temperature)
+        weight, bias = self.fc2.weight, self.fc2.bias
+        return COEFFICIENTS.apply(None, hidden.to(weight.dtype), weight, bias, self.assignment, temperature)
+
+    def _is_fused(self, x: Tensor, operators: str) -> bool:
+        """Whether one operator leads from the hidden vector to α."""
+        if self.num_basis or not is_untouched(self.fc2):
+            return False
+        runs = triton_conv.unavailable if operators == "triton" else unavailable
+        return runs(x.device.type, self.fc2.weight.dtype) is None
+
+    def _is_fixed(self, x: Tensor) -> bool:
+        """Whether one operator leads from the images to α: all parts are as they were made, in evaluation, on a CPU."""
+        fc1, norm = self.fc1, self.norm
+        if not (is_untouched(fc1) and is_untouched(norm)) or norm.training or norm.weight is None or norm.bias is None:
+            return False
+        has_statistics = isinstance(norm, LayerNorm) or norm.running_mean is not None
+        return has_statistics and x.device.type == "cpu" and x.dtype == fc1.weight.dtype == self.fc2.weight.dtype
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""

@@ -1,35 +1,35 @@
 """KWLayer: what all layers have in common whose kernels are mixed from a shared warehouse."""
 
-import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..exporting import exporting
+from ..context import exporting
 from ..geometry import Geometry
-from .attention import EPSILON, LEAST_HIDDEN, Attention, pool
-from .attention_operator import attend_at_once, attends_at_once
-from .chained import chained_conv, chains
-from .folded import fold_products, folded_conv, folded_kernels
-from .mixed_conv import CHAINED, IMPLEMENTATIONS, choose, computing_type, mixed_conv, resolve, supports
-from .mixing import cut, mix
-from .native_inference import infers_at_once, native_inference
-from .native_training import native_training, trains_at_once
+from ..images import add_bias
+from ..mixture_conv import IMPLEMENTATIONS, MixtureConv, Signature, cut, mix, signature_of
+from ..mixture_conv.cost import merge_saves
+from ..selection import select
+from .attention import Attention
+from .coefficients import EPSILON
 from .partition import Partition, assign
-from .tuned import Call, anything_tuned, device_name, tuned
+from .reassociated import Reassociated, least_cost, merge, merged, merged_coefficients, reassociate
 from .warehouse import Warehouses
 
-NAMES = (*IMPLEMENTATIONS, CHAINED)
+OPERATION = "kernel_warehouse"
+CANDIDATES: Mapping[str, MixtureConv] = {**IMPLEMENTATIONS, Reassociated.name: Reassociated()}
+NAMES = tuple(CANDIDATES)
 
 
 class KWLayer(nn.Module):
     """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
 
     Attributes:
-        implementation: "auto" takes what was measured to be the fastest for the sizes at hand (see `tuned`), or else
-            what should cost least; a name in `NAMES` forces that one.
-        products: Attention and cells as one product, in a folded layer; None elsewhere.
+        implementation: "auto" takes what was measured to be the fastest for the sizes at hand, or else what should cost
+            least (see `select`); a name in `NAMES` forces that one.
+        products: Attention and cells as one product (Cout, r + 1, *k, Cin/groups), in a merged layer; None elsewhere.
 
     Args:
         in_channels: Channels of the input.
@@ -85,13 +85,13 @@ class KWLayer(nn.Module):
             **kwargs,
         )
         self.bias = nn.Parameter(torch.zeros(kernel[0], **kwargs)) if bias else None
-        self.register_buffer("products", None)  # G of a folded layer
+        self.register_buffer("products", None)  # of a merged layer
 
     @property
     def warehouses(self) -> Warehouses:
         """The owner of the cells and of the temperature."""
         if not self._owner:
-            raise RuntimeError("a folded layer has no warehouse any more")
+            raise RuntimeError("a merged layer has no warehouse any more")
         return self._owner[0]
 
     @property
@@ -103,104 +103,95 @@ class KWLayer(nn.Module):
         """The layer's input as images (B, Cin, *spatial)."""
         return x
 
+    @property
+    def temperature(self) -> Tensor:
+        """τ, a scalar tensor."""
+        return self.warehouses.temperature
+
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
+        signature = self._signature(x)
+        chosen = select(signature, CANDIDATES, self.implementation)
+        alpha, bank = self._factors(x, chosen)
+        if isinstance(chosen, Reassociated):
+            chosen = chosen.choose(signature)
+        kind = signature.dtype
+        y = chosen(x.to(kind), alpha.to(kind), bank, self.partition, self.geometry)
+        return add_bias(y, self.bias)
+
+    def candidates(self, _signature: Signature) -> Mapping[str, MixtureConv]:
+        """The implementations that are chosen from, by name."""
+        return CANDIDATES
+
+    def signature(self, x: Tensor) -> Signature:
+        """What decides how the layer is computed for an input, here and now."""
+        return self._signature(self.as_images(x))
+
+    def _signature(self, x: Tensor) -> Signature:
+        hidden = self.attention.fc1.out_features
+        if self.products is not None:
+            return signature_of(x, hidden + 1, False, self.partition, self.geometry, OPERATION)
+        linear = hidden if self.attention.is_linear() else 0
+        return signature_of(x, len(self.cells), True, self.partition, self.geometry, OPERATION, linear)
+
+    def unsupported(self, implementation: str) -> str | None:
+        """Why an implementation cannot compute the layer for images of its parameters' type; None if it can."""
+        weight = self.attention.fc1.weight
+        x = weight.new_empty(1, self.partition.kernel[1] * self.geometry.groups, *self.partition.kernel[2:])
+        return CANDIDATES[implementation].supports(self._signature(x))
+
+    def _factors(self, x: Tensor, chosen: MixtureConv) -> tuple[Tensor, Tensor]:
+        """α (B, m, n), and the bank that it belongs to."""
         if self.products is not None:
             if self.training:
-                raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
-            return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
-        implementation = self._implementation(x)
-        if compute := self._kernels_first(x, implementation) or self._at_once(x, implementation):
-            temperature = self.warehouses.temperature
-            return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
-        alpha, x = self._attend(x, implementation)
-        return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, implementation, self.bias)
-
-    def call(self, x: Tensor) -> Call:
-        """What decides how images x (B, Cin, *spatial) are convolved fastest, here and now."""
-        return Call(
-            self.partition,
-            self.geometry,
-            len(self.cells),
-            self.attention.fc1.out_features,
-            self.attention.num_basis,
-            tuple(x.shape),
-            x.stride(1) == 1,
-            x.dtype,
-            computing_type(x),
-            torch.is_grad_enabled(),
-            x.requires_grad,
-            device_name(x.device),
-        )
-
-    def _implementation(self, x: Tensor) -> str:
-        # A graph is made of other operations than those that were timed.
-        if self.implementation != "auto" or not anything_tuned() or torch.compiler.is_compiling() or exporting():
-            return self.implementation
-        return tuned(self.call(x)) or "auto"
-
-    def _kernels_first(self, x: Tensor, implementation: str) -> Callable[..., Tensor] | None:
-        """What multiplies attention and cells first, for all of a batch, if that is asked for or less work."""
-        wanted = implementation == CHAINED or self._saves_by_products(x, implementation)
-        if not (wanted and chains(self.attention, self.partition, self.geometry)):
-            return None
-        return functools.partial(chained_conv, fused=implementation == "fused")
-
-    def _saves_by_products(self, x: Tensor, implementation: str) -> bool:
-        # They are rows for each hidden value, where otherwise there is a row for each sample.
-        if implementation not in ("auto", "fused") or exporting() or x.shape[0] <= LEAST_HIDDEN:
-            return False
-        hidden, n = self.attention.fc1.out_features, self.cells.shape[0]
-        if implementation == "fused":
-            return (hidden + 2) * (n + x.shape[0]) < n * x.shape[0]
-        return choose(self.partition, self.geometry, n, x, hidden, computing_type(x)) == CHAINED
-
-    def _at_once(self, x: Tensor, implementation: str) -> Callable[..., Tensor] | None:
-        """What computes all of the layer for x, if anything does."""
-        if torch.is_grad_enabled():
-            fits, compute = trains_at_once, native_training
-        else:
-            fits, compute = infers_at_once, native_inference
-        can = (
-            fits(self.attention, x, self.partition, self.geometry)
-            and attends_at_once(self.attention, x, implementation)
-            and computing_type(x) == x.dtype
-            and resolve(implementation, self.partition, self.geometry, self.cells.shape[0], x) == "native"
-        )
-        return compute if can else None
-
-    def _attend(self, x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
-        """α for x, and x, to be used in place of it from here on."""
-        temperature = self.warehouses.temperature
-        if attends_at_once(self.attention, x, implementation):
-            return attend_at_once(self.attention, x, temperature)
-        pooled, x = pool(x)
-        return self.attention(pooled, temperature), x
+                raise RuntimeError("a merged layer cannot be trained; merge a copy of the network")
+            return merged_coefficients(self.attention, x.flatten(2).mean(dim=2)), self.merged_bank
+        if isinstance(chosen, Reassociated):
+            pooled = x.flatten(2).mean(dim=2)
+            return reassociate(self.attention, self.cells, pooled, self.temperature, self.partition)
+        return self.attention(x, self.temperature, "torch" if exporting() else chosen.operators), self.cells
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
-        if self.products is not None:
-            return folded_kernels(self.attention, self.products, pool(x)[0], self.partition)
-        return mix(self.attention(pool(x)[0], self.warehouses.temperature), self.cells, self.partition)
+        return mix(*self._factors(x, CANDIDATES["materialize"]), self.partition)
+
+    @property
+    def merged_bank(self) -> Tensor:
+        """The bank (r + 1, *kernel) of a merged layer."""
+        return self.products.movedim(-1, 2).transpose(0, 1)
+
+    def merge_saving(self, x: Tensor) -> float:
+        """What merging saves for an input in inference, in multiply-adds for each of its samples.
+
+        It is negative where merging costs more, or cannot be done.
+        """
+        if not self.attention.is_linear():
+            return -math.inf
+        with torch.no_grad():
+            signature = self.signature(x)
+            case = signature._replace(operation="mixture_conv")
+            return merge_saves(case, least_cost(case), least_cost(merged(signature)), signature.hidden)
+
+    def merged_values(self) -> int:
+        """How many values a merged layer holds in place of its cells."""
+        return (self.attention.fc1.out_features + 1) * math.prod(self.partition.kernel)
 
     @torch.no_grad()
-    def fold(self, dtype: torch.dtype | None = None) -> None:
-        """Multiply attention and cells (see `folded`), and let go of the warehouses.
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Multiply attention and cells (see `reassociated`), and let go of the warehouses.
 
         Args:
             dtype: Type in which the products are kept; the cells' by default.
 
         Raises:
-            ValueError: A layer in training mode, at a temperature, whose cells cannot be streamed, or
-                whose attention was changed.
+            ValueError: A layer in training mode, at a temperature, or whose attention was changed or is watched.
         """
-        if self.training or self.warehouses.temperature.item() != 0:
-            raise ValueError("only a trained layer can be folded: in evaluation mode, at temperature 0")
-        if not supports("streamed", self.partition, self.geometry):
-            raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be folded")
+        if self.training or self.temperature.item() != 0:
+            raise ValueError("only a trained layer can be merged: in evaluation mode, at temperature 0")
         if not self.attention.is_linear():
-            raise ValueError("an attention whose logits come from other layers than torch's Linear cannot be folded")
-        self.products = fold_products(self.attention, self.cells, self.partition).to(dtype or self.cells.dtype)
+            raise ValueError("an attention whose logits come from other layers than its own cannot be merged")
+        bank = merge(self.attention, self.cells, self.partition).to(dtype or self.cells.dtype)
+        self.products = bank.transpose(0, 1).movedim(2, -1).contiguous()  # as the C++ reads it
         self.warehouses.folded = True
         self._owner = ()
 
@@ -234,7 +225,7 @@ class KWLayer(nn.Module):
         The assigned cells receive the kernel's parts, and the attention holds the assignment, so that the layer
         computes at τ = 0 what the static one did. With fewer own cells than mixtures only the assigned parts are kept.
         """
-        parts = cut(kernel.reshape(self.partition.kernel), self.partition)
+        parts = cut(kernel.reshape(1, *self.partition.kernel), self.partition)[0]
         mixture, cell = self.attention.assignment.nonzero(as_tuple=True)
         self.cells[cell] = (parts[mixture] * (1 + EPSILON)).to(self.cells)
         self.attention.hold_assignment()
@@ -246,20 +237,28 @@ class KWLayer(nn.Module):
         return f"kernel={self.partition.kernel}, cell={self.partition.cell}, warehouse={self.warehouse}"
 
 
-def set_implementation(model: nn.Module, implementation: str) -> None:
+def set_implementation(model: nn.Module, implementation: str, otherwise: str | None = None) -> None:
     """Make every converted layer of `model` compute in one way, to compare or to time it.
 
     Args:
         model: A converted network, or a module that contains one.
-        implementation: "auto", or a name in `NAMES`.
+        implementation: "auto", or a name in `NAMES`. "reference" has every kind of derivative.
+        otherwise: What the layers take that cannot compute so: "auto", or another name.
 
     Raises:
-        ValueError: An unknown name, or a model without a converted layer.
+        ValueError: An unknown name, a model without a converted layer, or a layer that cannot compute so.
     """
-    if implementation not in ("auto", *NAMES):
-        raise ValueError(f"implementation must be auto, {', '.join(NAMES)}; found {implementation!r}")
-    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
+    for name in (implementation, otherwise or "auto"):
+        if name not in ("auto", *NAMES):
+            raise ValueError(f"implementation must be auto, {', '.join(NAMES)}; found {name!r}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KWLayer)}
     if not layers:
         raise ValueError("the model has no converted layer")
-    for layer in layers:
-        layer.implementation = implementation
+    chosen = {name: implementation for name in layers}
+    for name, layer in layers.items():
+        reason = None if implementation == "auto" else layer.unsupported(implementation)
+        if reason is not None and otherwise is None:
+            raise ValueError(f"{name}: implementation {implementation!r} cannot compute this layer: {reason}")
+        chosen[name] = implementation if reason is None else otherwise
+    for name, layer in layers.items():
+        layer.implementation = chosen[name]

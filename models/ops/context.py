@@ -1,0 +1,22 @@
+"""What surrounds a call: graphs for export, and autocast."""
+
+import torch
+from torch import Tensor
+
+
+def exporting() -> bool:
+    """Whether a graph is made that will run elsewhere, for inputs of any size."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def computing_type(x: Tensor) -> torch.dtype:
+    """The type that products of x are computed in: its own, or autocast's."""
+    device = x.device.type
+    if x.dtype != torch.float64 and _knows_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+@torch.compiler.assume_constant_result  # which torch 2.8 could not compile otherwise
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)

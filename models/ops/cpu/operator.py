@@ -1,0 +1,32 @@
+"""Functions as operators of torch: a graph, a trace or a profile shows each as one."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def operator(
+    name: str, fake: Callable, cuda: Callable | None = None
+) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Make a function the operator `kernelwarehouse::name` for a CPU.
+
+    A call costs half of one by `torch.library.custom_op`, since autograd does not look at it: it belongs into the
+    forward or backward of an autograd Function.
+
+    Args:
+        name: Of the operator.
+        fake: Makes an uninitialised result, of the right shape and layout, from the same arguments.
+        cuda: What computes it on a GPU, if anything does.
+    """
+
+    def register(function: Callable) -> torch._ops.OpOverload:
+        qualified = f"kernelwarehouse::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "cpu", function)
+        if cuda:
+            torch.library.impl(qualified, "cuda", cuda)
+        torch.library.register_fake(qualified, fake)
+        return getattr(torch.ops.kernelwarehouse, name).default
+
+    return register

@@ -1,0 +1,101 @@
+"""Functions whose fast forms autograd cannot see into: every kind of derivative of theirs is right or refused."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Function(ABC):
+    """A function of tensors that exists in differentiable operators, and perhaps in faster ones.
+
+    A gradient is computed by `gradients`. Where a graph of the gradient is wanted (create_graph=True, torch.func), it
+    is that of `compute`, done again in backward. Nothing but the arguments is kept for backward.
+
+    Attributes:
+        name: Of the implementation, for what cannot be differentiated as it was asked.
+        fast: Whether `forward` and `gradients` are other operators than those of `compute`.
+    """
+
+    name: ClassVar[str]
+    fast: ClassVar[bool] = False
+
+    @abstractmethod
+    def compute(self, arguments: Any, *tensors: Any) -> Tensor:
+        """The result, in differentiable operators."""
+
+    def forward(self, arguments: Any, *tensors: Any) -> Tensor:
+        """The result, where no gradient is recorded."""
+        return self.compute(arguments, *tensors)
+
+    def gradients(
+        self, arguments: Any, grad: Tensor, needs: Sequence[bool], *tensors: Any
+    ) -> Sequence[Tensor | None]:
+        """The gradients of those tensors that need one, given that of the result; None for the others."""
+        return gradients_by_autograd(lambda *inputs: self.compute(arguments, *inputs), tensors, needs, grad)
+
+    def apply(self, arguments: Any, *tensors: Tensor | None) -> Tensor:
+        """The result, with its gradient recorded where one is wanted."""
+        if not torch.compiler.is_compiling():
+            return _Function.apply(self, arguments, *tensors)
+        return _Compiled.apply(self, arguments, *tensors) if self.fast else self.compute(arguments, *tensors)
+
+
+def gradients_by_autograd(
+    compute: Callable[..., Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function, by computing it again; with a graph of them if gradients are being recorded."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, since one of the tensors may have been made of another.
+        inputs = [
+            t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
+            for t, need in zip(tensors, needs, strict=True)
+        ]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(compute(*inputs), wanted, grad, create_graph=create_graph))
+    return tuple(next(found) if need else None for need in needs)
+
+
+class _Compiled(torch.autograd.Function):
+    """As torch.compile takes it, which has no second derivatives."""
+
+    @staticmethod
+    def forward(function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
+        return function.forward(arguments, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004 (torch's signature)
+        ctx.function, ctx.arguments, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *ctx.function.gradients(ctx.arguments, grad, needs, *ctx.saved_tensors)
+
+
+class _Function(_Compiled):
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if not torch.is_grad_enabled():
+            return _Compiled.backward(ctx, grad)
+        function, arguments = ctx.function, ctx.arguments
+        found = gradients_by_autograd(
+            lambda *tensors: function.compute(arguments, *tensors), ctx.saved_tensors, ctx.needs_input_grad[2:], grad
+        )
+        return None, None, *found
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_refusal("forward-mode differentiation (jvp)", ctx.function))
+
+    @staticmethod
+    def vmap(_info, _in_dims, function: Function, *_):
+        raise RuntimeError(_refusal("torch.vmap", function))
+
+
+def _refusal(what: str, function: Function) -> str:
+    return f"{what} is not there for {function.name!r}; set_implementation(net, 'reference') computes it"

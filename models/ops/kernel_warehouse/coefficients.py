@@ -1,0 +1,199 @@
+"""Means, and coefficients of mixtures, as operators: in C++ on a CPU, by Triton on a GPU."""
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu import call, in_either_layout, in_memory, operator, unavailable
+from ..derivatives import Function
+
+EPSILON = 1e-3
+
+
+def coefficients(z: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
+    """α = (1 − τ) · z / (Σ|z| + 1e-3) + τ · β (paper, section 3.4).
+
+    Args:
+        z: Logits of n cells and the zero cell, (B, m, n + 1).
+        assignment: β, (m, n).
+        temperature: τ, a scalar tensor.
+
+    Returns:
+        α, (B, m, n).
+    """
+    alpha = (z[..., :-1] / (total(z) + EPSILON)).to(z.dtype)
+    return torch.lerp(alpha, assignment.to(z.dtype), temperature.to(z.dtype))
+
+
+def total(z: Tensor) -> Tensor:
+    """Σ|z| over n + 1 logits, in fp32 at least: (B, m, n + 1) → (B, m, 1)."""
+    return torch.linalg.vector_norm(z, 1, dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
+class _Mean(Function):
+    """The means of images (B, C, *spatial) over space, (B, C), in C++."""
+
+    name = "cpp"
+    fast = True
+
+    def compute(self, _arguments: Any, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(dim=2)
+
+    def forward(self, _arguments: Any, x: Tensor) -> Tensor:
+        return mean_operator(x)
+
+    def gradients(self, _arguments: Any, grad: Tensor, _needs: Sequence[bool], x: Tensor) -> tuple[Tensor]:
+        each = (grad / x.shape[2:].numel()).reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        return (each.expand(x.shape),)
+
+
+class _Coefficients(Function):
+    """α of a hidden vector h (B, r), weights (m · (n + 1), r) and biases of the logits, β (m, n) and τ."""
+
+    name = "cpp"
+    fast = True
+
+    def compute(
+        self, _arguments: Any, hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor
+    ) -> Tensor:
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        return coefficients(z.reshape(len(hidden), len(assignment), -1), assignment, temperature)
+
+    def forward(self, _arguments: Any, *tensors: Tensor) -> Tensor:
+        return coefficients_operator(*tensors)
+
+    def gradients(
+        self,
+        _arguments: Any,
+        grad: Tensor,
+        _needs: Sequence[bool],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        _assignment: Tensor,
+        temperature: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        return *coefficients_gradients(grad, hidden, weight, bias, temperature), None, None
+
+
+class _Attention(Function):
+    """α of images, all in one, without a gradient.
+
+    The tensors are images; weights and bias of FC1; mean and variance, or none, scale and shift of the norm; weights
+    and bias of FC2; β (m, n) and τ. The argument is the norm's ε.
+    """
+
+    name = "cpp"
+    fast = True
+
+    def compute(self, arguments: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature = parameters
+        hidden = torch.nn.functional.linear(x.flatten(2).mean(dim=2), weight1, bias1)
+        if mean is None:
+            hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[1:], scale, shift, arguments)
+        else:
+            hidden = torch.nn.functional.batch_norm(hidden, mean, variance, scale, shift, False, 0.0, arguments)
+        return COEFFICIENTS.compute(None, hidden.relu(), weight2, bias2, assignment, temperature)
+
+    def forward(self, arguments: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return attention_operator(x, parameters, arguments)
+
+
+MEAN, COEFFICIENTS, ATTENTION = _Mean(), _Coefficients(), _Attention()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The means of images (B, C, *spatial) over space, (B, C), with C++ where that can run."""
+    return x.flatten(2).mean(dim=2) if unavailable(x.device.type, x.dtype) else MEAN.apply(None, x)
+
+
+def _empty_means(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2])
+
+
+@operator("mean", fake=_empty_means)
+def mean_operator(x: Tensor) -> Tensor:
+    """(B, C, *spatial) → (B, C)."""
+    means = _empty_means(x)
+    x, channels_last = in_either_layout(x)
+    call("mean", [_sizes(tuple(x.shape), channels_last)], (x, means))
+    return means
+
+
+def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Tensor, _temperature: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], *assignment.shape)
+
+
+def _coefficients_on_gpu(*tensors: Tensor) -> Tensor:
+    from . import attention_triton  # which needs Triton
+
+    return attention_triton.coefficients(*tensors)
+
+
+@operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu)
+def coefficients_operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor
+) -> Tensor:
+    """As `_Coefficients`; all in one type, single or double precision."""
+    alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
+    operands = in_memory((hidden, weight, bias, assignment, temperature), hidden.dtype)
+    call("coefficients", (_hidden_sizes(hidden, alpha), EPSILON), (*operands, alpha))
+    return alpha
+
+
+def _empty_gradients(
+    _grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, _temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (hidden, weight, bias))
+    return hidden, weight, bias
+
+
+def _coefficients_gradients_on_gpu(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from . import attention_triton
+
+    return attention_triton.gradients(*tensors)
+
+
+@operator("coefficients_gradients", fake=_empty_gradients, cuda=_coefficients_gradients_on_gpu)
+def coefficients_gradients(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of h, the weights and the bias, given that of α."""
+    _, grad_weight, grad_bias = _empty_gradients(grad, hidden, weight, bias, temperature)
+    grad_hidden = hidden.new_zeros(torch.get_num_threads(), *hidden.shape)
+    operands = in_memory((grad, hidden, weight, bias, temperature), hidden.dtype)
+    results = grad_hidden, grad_weight, grad_bias
+    call("coefficients_gradients", (_hidden_sizes(hidden, grad), EPSILON), (*operands, *results))
+    return grad_hidden.sum(0), grad_weight, grad_bias
+
+
+def _hidden_sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    return _sizes((len(hidden), 1), True, hidden.shape[1], *alpha.shape[1:])
+
+
+def _empty_result(x: Tensor, parameters: Sequence[Tensor | None], _norm_eps: float) -> Tensor:
+    return x.new_empty(x.shape[0], *parameters[8].shape)
+
+
+@operator("attention", fake=_empty_result)
+def attention_operator(x: Tensor, parameters: Sequence[Tensor | None], norm_eps: float) -> Tensor:
+    """α (B, m, n), of what `_Attention` says."""
+    alpha = _empty_result(x, parameters, norm_eps)
+    x, channels_last = in_either_layout(x)
+    sizes = _sizes(tuple(x.shape), channels_last, parameters[0].shape[0], *alpha.shape[1:])
+    call("attention", (sizes, norm_eps, EPSILON), (x, *in_memory(parameters, x.dtype), alpha))
+    return alpha
+
+
+@functools.lru_cache(1024)
+def _sizes(
+    shape: tuple[int, ...], channels_last: bool, width: int = 0, mixtures: int = 0, cells: int = 0
+) -> ctypes.Array[ctypes.c_int64]:
+    """`Attention` of attention.cpp, for images (B, C, *spatial)."""
+    values = shape[0], math.prod(shape[2:]), shape[1], int(channels_last), width, mixtures, cells
+    return (ctypes.c_int64 * len(values))(*values)

@@ -1,0 +1,66 @@
+"""Parts of an attention that know whether somebody looks at them or has changed them."""
+
+from torch import nn
+from torch.nn import functional as F
+
+
+class Watched(nn.Module):
+    """A module that remembers whether a hook was ever registered with it."""
+
+    watched = False
+
+    def register_forward_pre_hook(self, *args, **kwargs):
+        """As torch's."""
+        self.watched = True
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args, **kwargs):
+        """As torch's."""
+        self.watched = True
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args, **kwargs):
+        """As torch's."""
+        self.watched = True
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args, **kwargs):
+        """As torch's."""
+        self.watched = True
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args, **kwargs):
+        """As torch's."""
+        self.watched = True
+        return super().register_backward_hook(*args, **kwargs)
+
+
+class Linear(Watched, nn.Linear):
+    """torch's."""
+
+
+class LayerNorm(Watched, nn.LayerNorm):
+    """torch's."""
+
+
+class AttentionBatchNorm1d(Watched, nn.BatchNorm1d):
+    """BatchNorm1d that can train on a batch of one.
+
+    One value has no variance to normalise by. Such a batch is normalised by the running statistics, as in
+    evaluation, and leaves them as they are.
+    """
+
+    def forward(self, x):
+        """(B, hidden) → (B, hidden)."""
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module does what its class says: nobody waits for it, has patched or parametrized it.
+
+    Hooks for all modules, of torch.nn.modules.module, are not seen by the parts of an attention.
+    """
+    own = type(module) in (Linear, LayerNorm, AttentionBatchNorm1d)
+    return own and not module.watched and "forward" not in vars(module)

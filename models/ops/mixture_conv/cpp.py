@@ -1,0 +1,117 @@
+"""The convolution with mixed kernels in C++, for a CPU: kernels live in the cache, and inputs are read in place.
+
+No kernel is written to memory: what a core mixes at once fits in its own cache, and in backward it is mixed again.
+It computes in float32 and float64; in half precision, values are converted before and after.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cpu import call, from_pixels, operator, output_size, pixels, problem, room_for_pixels, window_of
+from ..geometry import Geometry
+from ..images import empty_images
+from .mixing import at_every_position, by_output_blocks, by_positions, is_shared
+from .partition import Partition
+
+
+def forward(x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]); arguments as `mixture_conv`, all of x's type, which is float32 or float64.
+
+    Raises:
+        ValueError: An input that is smaller than the kernel.
+    """
+    x, padding = geometry.split_padding(x)
+    window = window_of(partition.kernel[2:], geometry, padding)
+    if is_shared(bank, partition):
+        return convolve(by_output_blocks(alpha, partition), bank.transpose(0, 1), x, window, False)
+    alpha, partition = at_every_position(alpha, partition)
+    rows = bank.transpose(0, 1).movedim(2, -1).flatten(2)  # (Cout, n, taps · Cin)
+    return convolve(by_output_blocks(alpha, partition), rows, x, window, True)
+
+
+def gradients(
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    alpha: Tensor,
+    bank: Tensor,
+    partition: Partition,
+    geometry: Geometry,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, α and a shared bank, as far as they are needed; padding must be equal zeros (`Geometry.written_out`)."""
+    _, padding = geometry.split_padding(x)
+    window = window_of(partition.kernel[2:], geometry, padding)
+    blocks = by_output_blocks(alpha, partition)
+    grad_x = gradient_of_x(grad, blocks, bank, x, window) if needs[0] else None
+    if not (needs[1] or needs[2]):
+        return grad_x, None, None
+    grad_blocks, grad_bank = gradients_of_mixing(grad, blocks, bank, x, window)
+    return grad_x, by_positions(grad_blocks, partition) if needs[1] else None, grad_bank if needs[2] else None
+
+
+def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], own: bool) -> Tensor:
+    size = output_size(x.shape[2:], window)
+    return empty_images(x, rows.shape[0] * (1 if own else alpha.shape[1]), size)
+
+
+@operator("mixture_conv", fake=_output)
+def convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], own: bool) -> Tensor:
+    """Of α (B, blocks of output channels, parts, n) and a bank by output channel.
+
+    The bank is (cout, n, cin, *ones), shared by all parts, or (Cout, n, parts · cin) if each part has its `own`. A part
+    is a position of the kernel and a block of input channels.
+    """
+    y = _output(alpha, rows, x, window, own)
+    values = room_for_pixels(y)
+    call("convolve", [_problem(alpha, x, y, window, own)], (alpha.contiguous(), rows.contiguous(), pixels(x), values))
+    return from_pixels(values, y)
+
+
+def _like_x(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: Sequence[int]) -> Tensor:
+    return empty_images(x, x.shape[1], x.shape[2:])
+
+
+@operator("mixture_conv_gradient_of_x", fake=_like_x)
+def gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    """That of x, given that of y, for a shared bank (n, cout, cin, *ones)."""
+    grad_x = _like_x(grad, alpha, cells, x, window)
+    values = room_for_pixels(grad_x)
+    operands = alpha.contiguous(), cells.transpose(0, 1).contiguous(), pixels(grad), values
+    call("gradient_of_x", [_problem(alpha, x, grad, window)], operands)
+    return from_pixels(values, grad_x)
+
+
+def _like_mixing(
+    _grad: Tensor, alpha: Tensor, cells: Tensor, _x: Tensor, _window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    n, cout, *rest = cells.shape
+    grad_cells = cells.new_empty(cout, n, *rest).transpose(0, 1)
+    return torch.empty_like(alpha, memory_format=torch.contiguous_format), grad_cells
+
+
+@operator("mixture_conv_gradients_of_mixing", fake=_like_mixing)
+def gradients_of_mixing(
+    grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Those of α and of a shared bank (n, cout, cin, *ones), given that of y."""
+    _, grad_cells = _like_mixing(grad, alpha, cells, x, window)
+    # Every thread sums what it finds; the length of a row is rounded up to whole registers, of at most 16 values.
+    threads, n = torch.get_num_threads(), math.ceil(len(cells) / 16) * 16
+    grad_alpha = alpha.new_zeros(threads, *alpha.shape[:3], n)
+    operands = alpha.contiguous(), cells.transpose(0, 1).contiguous(), pixels(x), pixels(grad)
+    results = grad_alpha, grad_cells.transpose(0, 1)
+    call("gradients_of_mixing", [_problem(alpha, x, grad, window)], operands + results)
+    return grad_alpha.sum(0)[..., : len(cells)].contiguous(), grad_cells
+
+
+def _problem(
+    alpha: Tensor, x: Tensor, y: Tensor, window: Sequence[int], own: bool = False
+) -> ctypes.Array[ctypes.c_int64]:
+    _, alpha_blocks, parts, n = alpha.shape
+    blocks_out, blocks_in = 1 if own else alpha_blocks, parts // math.prod(window[:3])
+    counts = x.shape[0], blocks_out, blocks_in, n, y.shape[1] // blocks_out, x.shape[1] // blocks_in
+    return problem(counts, x.shape[2:], y.shape[2:], window, alpha_blocks if own else 0)

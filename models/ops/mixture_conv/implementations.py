@@ -1,0 +1,189 @@
+"""The ways to compute a convolution with mixed kernels; each says what it can compute and what that should cost."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cpu import unavailable
+from ..derivatives import Function
+from ..geometry import Geometry
+from ..per_sample_conv import grouped_conv, per_sample_conv_from_geometry, reference, triton_conv
+from ..selection import Implementation
+from . import cost, cpp
+from .mix_inputs import mix_inputs
+from .mixing import mix
+from .partition import Partition
+from .reference import reference_mix
+from .signature import Signature
+
+
+class Problem(NamedTuple):
+    """What is no tensor."""
+
+    partition: Partition
+    geometry: Geometry
+
+
+class MixtureConv(Implementation):
+    """y[b] = conv(x[b], W[b]) with W mixed from a bank; arguments and result as `mixture_conv`, in one type."""
+
+    def __call__(self, x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+        """(B, Cin, *spatial) → (B, Cout, *output spatial)."""
+        raise NotImplementedError
+
+    def supports(self, signature: Signature) -> str | None:  # noqa: ARG002
+        return None
+
+    def cost(self, signature: Signature) -> float:  # noqa: ARG002
+        return math.inf
+
+
+class Reference(MixtureConv):
+    """Loops over samples, parts and terms: the definition, with every kind of derivative."""
+
+    name = "reference"
+    operators = "torch"
+
+    def __call__(self, x, alpha, bank, partition, geometry):
+        return reference(x, reference_mix(alpha, bank, partition), geometry)
+
+
+class Grouped(MixtureConv):
+    """Upstream's formulation: all kernels are mixed and kept, then one convolution with a group for every sample."""
+
+    name = "grouped"
+    operators = "torch"
+
+    def __call__(self, x, alpha, bank, partition, geometry):
+        return grouped_conv(x, mix(alpha, bank, partition), geometry)
+
+    def workspace(self, signature: Signature) -> int:
+        return _kernels(signature)
+
+
+class _WithFunction(MixtureConv, Function):
+    """What keeps its arguments for backward, and nothing that grows with samples × kernel."""
+
+    def __call__(self, x, alpha, bank, partition, geometry):
+        return self.apply(Problem(partition, geometry), x, alpha, bank)
+
+
+class Materialize(_WithFunction):
+    """All kernels are mixed, and mixed again in backward; each sample is convolved by the best form for the shape."""
+
+    name = "materialize"
+
+    def compute(self, arguments: Problem, x, alpha, bank):
+        y = per_sample_conv_from_geometry(x, mix(alpha, bank, arguments.partition), arguments.geometry)
+        return _in_layout_of(x, y)
+
+    def cost(self, signature: Signature) -> float:
+        return cost.materialize(signature)
+
+    def workspace(self, signature: Signature) -> int:
+        return _kernels(signature)
+
+
+class MixInputs(_WithFunction):
+    """Inputs are mixed instead of kernels, for maps of few pixels."""
+
+    name = "mix_inputs"
+
+    def compute(self, arguments: Problem, x, alpha, bank):
+        return mix_inputs(x, alpha, bank, *arguments)
+
+    def supports(self, signature: Signature) -> str | None:
+        if signature.geometry.groups > 1:
+            return "it is a grouped convolution"
+        return None if signature.shared else "each part has a bank of its own"
+
+    def cost(self, signature: Signature) -> float:
+        return cost.mix_inputs(signature)
+
+    def workspace(self, signature: Signature) -> int:
+        partition = signature.partition
+        mixed = partition.grid[-2] * signature.terms * math.prod(partition.cell[1:]) * signature.positions
+        return signature.images[0] * mixed * signature.dtype.itemsize
+
+
+class Cpp(_WithFunction):
+    """Kernels are mixed and applied tile by tile in C++, on a CPU."""
+
+    name = "cpp"
+    fast = True
+
+    def __call__(self, x, alpha, bank, partition, geometry):
+        kind = _cpu_type(x.dtype)
+        padded, geometry = geometry.written_out(x.to(kind))
+        return self.apply(Problem(partition, geometry), padded, alpha.to(kind), bank.to(kind)).to(x.dtype)
+
+    def compute(self, arguments: Problem, x, alpha, bank):
+        return _in_layout_of(x, grouped_conv(x, mix(alpha, bank, arguments.partition), arguments.geometry))
+
+    def forward(self, arguments: Problem, x, alpha, bank):
+        return cpp.forward(x, alpha, bank, *arguments)
+
+    def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank):
+        return cpp.gradients(grad, needs, x, alpha, bank, *arguments)
+
+    def supports(self, signature: Signature) -> str | None:
+        if signature.exporting:
+            return "a graph for export holds torch's own operators"
+        if signature.geometry.groups > 1:
+            return "it is a grouped convolution"
+        if signature.shared and not signature.partition.by_positions:
+            return "its cells span several positions of the kernel"
+        if signature.gradients and not signature.shared:
+            return "gradients of a bank for each part are not in C++"
+        return unavailable(signature.device, _cpu_type(signature.dtype))
+
+    def cost(self, signature: Signature) -> float:
+        return cost.cpp(signature)
+
+
+class Triton(_WithFunction):
+    """All kernels are mixed, and mixed again in backward; one Triton kernel convolves each sample with its own."""
+
+    name = "triton"
+    operators = "triton"
+
+    def compute(self, arguments: Problem, x, alpha, bank):
+        return triton_conv.triton_conv(x, mix(alpha, bank, arguments.partition), arguments.geometry)
+
+    def supports(self, signature: Signature) -> str | None:
+        if signature.exporting:
+            return "a graph for export holds torch's own operators"
+        if signature.geometry.groups > 1:
+            return "it is a grouped convolution"
+        if len(signature.geometry.stride) > 2:
+            return "its kernels convolve one or two dimensions"
+        return triton_conv.unavailable(signature.device, signature.dtype)
+
+    def workspace(self, signature: Signature) -> int:
+        return _kernels(signature)
+
+
+# In the order in which they are preferred where sizes are unknown.
+IMPLEMENTATIONS: dict[str, MixtureConv] = {
+    implementation.name: implementation
+    for implementation in (Materialize(), MixInputs(), Cpp(), Triton(), Grouped(), Reference())
+}
+
+
+def _cpu_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _kernels(signature: Signature) -> int:
+    """Bytes of a batch's kernels."""
+    return signature.images[0] * math.prod(signature.partition.kernel) * signature.dtype.itemsize
+
+
+def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """The layers that follow should get what they would from a static one; most forms give channels first."""
+    if x.stride(1) != 1:
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,0 +1,51 @@
+"""Mixing inputs instead of kernels: u_j = Σ_i α_ij x_i, then y = Σ_j e_j u_j, one dense product for the whole batch."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+from ..per_sample_conv import windows
+from .partition import Partition
+
+
+def mix_inputs(x: Tensor, alpha: Tensor, cells: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]) without assembling W[b].
+
+    Args:
+        x: (B, Cin, *spatial).
+        alpha: α, (B, m, n).
+        cells: The bank that all parts share, (n, *cell).
+        partition: How the kernel is cut; it must be of an ungrouped convolution.
+        geometry: The convolution's arguments.
+
+    Returns:
+        (B, Cout, *output spatial), channels last in memory if x is.
+    """
+    inputs = _parts(x, partition, geometry)
+    batch, parts, positions, size = inputs.shape
+    *_, blocks_out, blocks_in = partition.grid
+    n, cout = cells.shape[:2]
+    coefficients = alpha.reshape(batch, -1, blocks_out, blocks_in, n).permute(0, 2, 4, 1, 3)
+    mixed = torch.matmul(coefficients.reshape(batch, blocks_out * n, parts), inputs.reshape(batch, parts, -1))
+    rows = mixed.reshape(batch, blocks_out, n, positions, size).permute(0, 3, 1, 2, 4)
+    flat = cells.transpose(0, 1).flatten(1)  # (cout, n · size): one sum over cells and inputs, in one product
+    y = torch.matmul(rows.reshape(-1, n * size), flat.mT.to(rows.dtype))
+    output_size = geometry.output_size(x.shape[2:], partition.kernel[2:])
+    y = y.reshape(batch, *output_size, blocks_out * cout).movedim(-1, 1)
+    return y if x.stride(1) == 1 else y.contiguous()
+
+
+def _parts(x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """What each part of the kernel reads: (B, positions of the kernel × input blocks, P, cin × *c)."""
+    *blocks, _, blocks_in = partition.grid
+    _, cin, *c = partition.cell
+    dims = len(blocks)
+    seen = windows(x, partition.kernel[2:], geometry)
+    size = seen.shape[2 : 2 + dims]
+    seen = seen.reshape(len(x), blocks_in, cin, *size, *itertools.chain(*zip(blocks, c, strict=True)))
+    spatial, inside = range(3 + dims, 3 + 3 * dims, 2), range(4 + dims, 3 + 3 * dims, 2)
+    seen = seen.permute(0, *spatial, 1, *range(3, 3 + dims), 2, *inside)
+    return seen.reshape(len(x), math.prod(blocks) * blocks_in, math.prod(size), -1)

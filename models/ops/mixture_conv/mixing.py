@@ -1,0 +1,104 @@
+"""Kernels from coefficients and a bank, W[b, part] = Σ_r α[b, part, r] · bank[…, r], and the inverse of assembling."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from .partition import Partition
+
+
+def is_shared(bank: Tensor, partition: Partition) -> bool:
+    """Whether all parts of the kernel share the bank (n, *cell); it is (n, *kernel) where each has its own.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if tuple(bank.shape[1:]) == partition.cell:
+        return True
+    if tuple(bank.shape[1:]) == partition.kernel:
+        return False
+    raise ValueError(
+        f"a bank must be (n, *cell) with cells {partition.cell}, or (n, *kernel) with kernels {partition.kernel}; "
+        f"found {tuple(bank.shape)}"
+    )
+
+
+def mix(alpha: Tensor, bank: Tensor, partition: Partition) -> Tensor:
+    """Assemble one kernel for each sample.
+
+    Args:
+        alpha: α, (B, m, n).
+        bank: (n, *cell), shared by all parts, or (n, *kernel).
+        partition: How the kernel is cut.
+
+    Returns:
+        (B, Cout, Cin/groups, *k), with input channels last in memory.
+    """
+    batch, num_terms = alpha.shape[0], alpha.shape[2]
+    if not is_shared(bank, partition):
+        parts = cut(bank, partition).transpose(0, 1).flatten(2)  # (m, n, cell)
+        mixed = torch.bmm(alpha.transpose(0, 1), parts.to(alpha.dtype)).transpose(0, 1)
+        return _assemble(mixed.reshape(batch, *partition.grid, *partition.cell), partition)
+    if bank[0, 0].numel() == 1:  # of a depthwise convolution, whose output channels come to lie together
+        mixed = alpha.reshape(-1, num_terms) @ bank.flatten(1).to(alpha.dtype)
+        return _assemble(mixed.view(batch, *partition.grid, *partition.cell), partition)
+    # Each output channel's row of the cells by itself: small products whose operands stay in the cache.
+    rows = bank.transpose(0, 1).flatten(2).to(alpha.dtype)
+    mixed = torch.bmm(alpha.reshape(-1, num_terms).expand(len(rows), -1, -1), rows)
+    mixed = mixed.reshape(partition.cell[0], batch, *partition.grid, *partition.cell[1:])
+    return _assemble(mixed.movedim(0, 1 + len(partition.grid)), partition)
+
+
+def by_output_blocks(alpha: Tensor, partition: Partition) -> Tensor:
+    """α (B, m, n) as (B, blocks of output channels, positions of the kernel · blocks of input channels, n)."""
+    *spatial, blocks_out, blocks_in = partition.grid
+    batch, _, num_terms = alpha.shape
+    positions = math.prod(spatial)
+    if positions == 1 or blocks_out == 1:  # they are in that order
+        return alpha.reshape(batch, blocks_out, positions * blocks_in, num_terms)
+    split = alpha.reshape(batch, positions, blocks_out, blocks_in, num_terms).transpose(1, 2)
+    return split.reshape(batch, blocks_out, positions * blocks_in, num_terms)
+
+
+def by_positions(gradient: Tensor, partition: Partition) -> Tensor:
+    """The inverse of `by_output_blocks`: (B, m, n)."""
+    *spatial, blocks_out, blocks_in = partition.grid
+    batch, _, _, num_terms = gradient.shape
+    split = gradient.reshape(batch, blocks_out, math.prod(spatial), blocks_in, num_terms).transpose(1, 2)
+    return split.reshape(batch, partition.mixtures, num_terms)
+
+
+def at_every_position(alpha: Tensor, partition: Partition) -> tuple[Tensor, Partition]:
+    """α, and the partition, for cells that span one position of the kernel: α is repeated within those that span more."""
+    *counts, blocks_out, blocks_in = partition.grid
+    c = partition.cell[2:]
+    alpha = alpha.reshape(len(alpha), *counts, blocks_out * blocks_in, -1)
+    for dim, size in enumerate(c):
+        alpha = alpha.repeat_interleave(size, 1 + dim) if size > 1 else alpha
+    fine = Partition(partition.kernel, (*partition.cell[:2], *(1,) * len(c)))
+    return alpha.reshape(len(alpha), fine.mixtures, -1), fine
+
+
+def cut(kernels: Tensor, partition: Partition) -> Tensor:
+    """The inverse of assembling: kernels (n, Cout, Cin/groups, *k) as their cells (n, m, *cell)."""
+    dims = len(partition.cell) - 2
+    *spatial, blocks_out, blocks_in = partition.grid
+    cout, cin, *c = partition.cell
+    split = kernels.reshape(-1, blocks_out, cout, blocks_in, cin, *itertools.chain(*zip(spatial, c, strict=True)))
+    counts = [5 + 2 * d for d in range(dims)] + [1, 3]
+    sizes = [2, 4] + [6 + 2 * d for d in range(dims)]
+    return split.permute(0, *counts, *sizes).reshape(-1, partition.mixtures, *partition.cell)
+
+
+def _assemble(mixtures: Tensor, partition: Partition) -> Tensor:
+    """(B, *grid, *cell) → (B, *kernel), with input channels last in memory."""
+    dims = len(partition.cell) - 2
+    block_out, block_in, first_size = 1 + dims, 2 + dims, 3 + dims
+    order = [0, block_out, first_size]
+    for d in range(dims):
+        order += [1 + d, first_size + 2 + d]
+    order += [block_in, first_size + 1]
+    cout, cin, *k = partition.kernel
+    return mixtures.permute(order).reshape(-1, cout, *k, cin).movedim(-1, 2)

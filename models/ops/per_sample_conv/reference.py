@@ -1,0 +1,19 @@
+"""The definition: one ordinary convolution per sample."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Geometry
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def reference(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """y[b] = conv(x[b], W[b]) by a loop over samples; shapes as `per_sample_conv`."""
+    conv = CONV[len(geometry.stride)]
+    outputs = [
+        conv(sample, kernel, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
+        for sample, kernel in zip(geometry.pad(x).split(1), weight, strict=True)
+    ]
+    return torch.cat(outputs)
