@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .context import exporting
+
 
 class Function(ABC):
     """A function of tensors that exists in differentiable operators, and perhaps in faster ones.
@@ -38,9 +40,14 @@ class Function(ABC):
 
     def apply(self, arguments: Any, *tensors: Tensor | None) -> Tensor:
         """The result, with its gradient recorded where one is wanted."""
-        if not torch.compiler.is_compiling():
-            return _Function.apply(self, arguments, *tensors)
-        return _Compiled.apply(self, arguments, *tensors) if self.fast else self.compute(arguments, *tensors)
+        if exporting() or torch.compiler.is_compiling():
+            return _Compiled.apply(self, arguments, *tensors) if self.fast else self.compute(arguments, *tensors)
+        try:
+            return _Eager.apply(self, arguments, *tensors)
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+        return _Transformed.apply(self, arguments, *tensors)  # by torch.func, which takes no other form
 
 
 def gradients_by_autograd(
@@ -63,13 +70,10 @@ class _Compiled(torch.autograd.Function):
     """As torch.compile takes it, which has no second derivatives."""
 
     @staticmethod
-    def forward(function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
-        return function.forward(arguments, *tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: ARG004 (torch's signature)
-        ctx.function, ctx.arguments, *tensors = inputs
+    def forward(ctx, function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.function, ctx.arguments = function, arguments
         ctx.save_for_backward(*tensors)
+        return function.forward(arguments, *tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -77,7 +81,9 @@ class _Compiled(torch.autograd.Function):
         return None, None, *ctx.function.gradients(ctx.arguments, grad, needs, *ctx.saved_tensors)
 
 
-class _Function(_Compiled):
+class _Eager(_Compiled):
+    """The same, with second derivatives."""
+
     @staticmethod
     def backward(ctx, grad: Tensor):
         if not torch.is_grad_enabled():
@@ -91,6 +97,19 @@ class _Function(_Compiled):
     @staticmethod
     def jvp(ctx, *_):
         raise RuntimeError(_refusal("forward-mode differentiation (jvp)", ctx.function))
+
+
+class _Transformed(_Eager):
+    """The same in the form of torch.func, which costs many times as much to call."""
+
+    @staticmethod
+    def forward(function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
+        return function.forward(arguments, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004 (torch's signature)
+        ctx.function, ctx.arguments, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def vmap(_info, _in_dims, function: Function, *_):

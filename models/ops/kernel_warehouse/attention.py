@@ -126,33 +126,26 @@ class Attention(Watched):
         """
         if operators == "torch":
             return coefficients(self.logits(self.hidden(x.flatten(2).mean(dim=2))), self.assignment, temperature)
-        fused = self._is_fused(x, operators)
-        if fused and not torch.is_grad_enabled() and self._is_fixed(x):
-            norm = self.norm
-            statistics = (None, None) if isinstance(norm, LayerNorm) else (norm.running_mean, norm.running_var)
-            fc1, fc2 = (self.fc1.weight, self.fc1.bias), (self.fc2.weight, self.fc2.bias)
-            parameters = *fc1, *statistics, norm.weight, norm.bias, *fc2, self.assignment, temperature
-            return ATTENTION.apply(norm.eps, x, *parameters)
-        hidden = self.hidden(mean(x))
-        if not fused:
-            return coefficients(self.logits(hidden), self.assignment, temperature)
-        weight, bias = self.fc2.weight, self.fc2.bias
-        return COEFFICIENTS.apply(None, hidden.to(weight.dtype), weight, bias, self.assignment, temperature)
-
-    def _is_fused(self, x: Tensor, operators: str) -> bool:
-        """Whether one operator leads from the hidden vector to α."""
-        if self.num_basis or not is_untouched(self.fc2):
-            return False
+        if not torch.is_grad_enabled() and (parameters := self._fixed(x)):
+            return ATTENTION.apply(self.norm.eps, x, *parameters, self.assignment, temperature)
+        hidden, fc2 = self.hidden(mean(x)), self.fc2
         runs = triton_conv.unavailable if operators == "triton" else unavailable
-        return runs(x.device.type, self.fc2.weight.dtype) is None
+        if self.num_basis or not is_untouched(fc2) or runs(x.device.type, fc2.weight.dtype) is not None:
+            return coefficients(self.logits(hidden), self.assignment, temperature)
+        return COEFFICIENTS.apply(None, hidden.to(fc2.weight.dtype), fc2.weight, fc2.bias, self.assignment, temperature)
 
-    def _is_fixed(self, x: Tensor) -> bool:
-        """Whether one operator leads from the images to α: all parts are as they were made, in evaluation, on a CPU."""
-        fc1, norm = self.fc1, self.norm
-        if not (is_untouched(fc1) and is_untouched(norm)) or norm.training or norm.weight is None or norm.bias is None:
-            return False
-        has_statistics = isinstance(norm, LayerNorm) or norm.running_mean is not None
-        return has_statistics and x.device.type == "cpu" and x.dtype == fc1.weight.dtype == self.fc2.weight.dtype
+    def _fixed(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
+        """What one operator in C++ takes of the parts, if they are as they were made, in evaluation, and it can run."""
+        fc1, norm, fc2 = self.fc1, self.norm, self.fc2
+        if self.num_basis or norm.training or not (is_untouched(fc1) and is_untouched(norm) and is_untouched(fc2)):
+            return None
+        statistics = (None, None) if type(norm) is LayerNorm else (norm.running_mean, norm.running_var)
+        weight1, weight2, scale, shift = fc1.weight, fc2.weight, norm.weight, norm.bias
+        if shift is None or (statistics[0] is None and type(norm) is not LayerNorm):
+            return None
+        if not x.dtype == weight1.dtype == weight2.dtype or unavailable(x.device.type, x.dtype) is not None:
+            return None
+        return weight1, fc1.bias, *statistics, scale, shift, weight2, fc2.bias
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
