@@ -135,7 +135,7 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
             module.training = mode
     for layer in layers.values():
         # Of the layer alone: the memo keeps deepcopy from the cells of the whole network.
-        memo = {id(layer.module.warehouses): layer.module.warehouses}
+        memo = {id(layer.module.warehouse): layer.module.warehouse}
         layer.module = copy.deepcopy(layer.module, memo).train(training)
     return list(layers.values())
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..api import DynamicLayer
 from ..exporting import exporting
 from ..geometry import Geometry
+from ..tied import Temperature
 from .attention import EPSILON, LEAST_HIDDEN, Attention, pool
 from .attention_operator import attend_at_once, attends_at_once
 from .chained import chained_conv, chains
@@ -18,25 +20,25 @@ from .native_inference import infers_at_once, native_inference
 from .native_training import native_training, trains_at_once
 from .partition import Partition, assign
 from .tuned import Call, anything_tuned, device_name, tuned
-from .warehouse import Warehouses
+from .warehouse import Warehouse
 
 NAMES = (*IMPLEMENTATIONS, CHAINED)
 
 
-class KWLayer(nn.Module):
-    """What the layers have in common: an attention, a bias, and a reference to cells that somebody else owns.
+class KWLayer(DynamicLayer):
+    """What the layers have in common: an attention, a bias, and the warehouse that they mix from.
 
     Attributes:
         implementation: "auto" takes what was measured to be the fastest for the sizes at hand (see `tuned`), or else
             what should cost least; a name in `NAMES` forces that one.
-        products: Attention and cells as one product, in a folded layer; None elsewhere.
+        warehouse: The cells, shared with other layers; None in a merged layer.
+        products: Attention and cells as one product, in a merged layer; None elsewhere.
 
     Args:
         in_channels: Channels of the input.
         kernel: Shape (Cout, Cin/groups, *k) of the kernel.
         bias: Whether to add a bias.
-        warehouses: Owner of the cells, referred to and not registered.
-        warehouse: Name of the layer's warehouse in it.
+        warehouse: The cells.
         own_cells: The range of its cells that belongs to this layer, for the assignment and the non-local basis.
         reduction: As `Attention`.
         norm: As `Attention`.
@@ -46,9 +48,9 @@ class KWLayer(nn.Module):
         ValueError: Cells that do not divide the kernel, or own cells outside the warehouse.
     """
 
-    implementation: str = "auto"
     products: Tensor | None
     geometry: Geometry
+    warehouse: Warehouse | None
 
     def __init__(
         self,
@@ -56,23 +58,17 @@ class KWLayer(nn.Module):
         kernel: Sequence[int],
         bias: bool,
         *,
-        warehouses: Warehouses,
-        warehouse: str,
+        warehouse: Warehouse,
         own_cells: range,
         reduction: float = 0.0625,
         norm: str = "batch",
         nonlocal_basis_ratio: float = 1.0,
     ):
         super().__init__()
-        if warehouse not in warehouses.names:
-            raise ValueError(f"no warehouse {warehouse!r}; there are {', '.join(warehouses.names)}")
-        cells = warehouses.cells(warehouse)
+        cells = warehouse.cells
         if own_cells.step != 1 or not 0 <= own_cells.start < own_cells.stop <= cells.shape[0]:
-            raise ValueError(f"own cells {own_cells} are not among the {cells.shape[0]} cells of {warehouse!r}")
-        self.warehouse = warehouse
+            raise ValueError(f"own cells {own_cells} are not among the warehouse's {cells.shape[0]}")
         self.partition = Partition(tuple(kernel), tuple(cells.shape[1:]))
-        # A tuple hides the module from registration, while deepcopy and pickle still see one shared object.
-        self._owner = (warehouses,)
         kwargs = {"device": cells.device, "dtype": cells.dtype}
         self.attention = Attention(
             in_channels,
@@ -85,19 +81,20 @@ class KWLayer(nn.Module):
             **kwargs,
         )
         self.bias = nn.Parameter(torch.zeros(kernel[0], **kwargs)) if bias else None
-        self.register_buffer("products", None)  # G of a folded layer
+        self.warehouse = warehouse
+        self.temperature = Temperature(0.0, (0.0, 1.0), **kwargs)
+        self.register_buffer("products", None)  # G of a merged layer
 
     @property
-    def warehouses(self) -> Warehouses:
-        """The owner of the cells and of the temperature."""
-        if not self._owner:
-            raise RuntimeError("a folded layer has no warehouse any more")
-        return self._owner[0]
+    def cells(self) -> Tensor:
+        """The cells (n, *cell) of the layer's warehouse, a view."""
+        if self.warehouse is None:
+            raise RuntimeError("a merged layer has no warehouse any more")
+        return self.warehouse.cells
 
-    @property
-    def cells(self) -> nn.Parameter:
-        """The cells (n, *cell) of the layer's warehouse."""
-        return self.warehouses.cells(self.warehouse)
+    def implementations(self) -> tuple[str, ...]:
+        """As `DynamicLayer`."""
+        return NAMES
 
     def as_images(self, x: Tensor) -> Tensor:
         """The layer's input as images (B, Cin, *spatial)."""
@@ -107,11 +104,11 @@ class KWLayer(nn.Module):
         """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
         if self.products is not None:
             if self.training:
-                raise RuntimeError("a folded layer cannot be trained; fold a copy of the network")
+                raise RuntimeError("a merged layer cannot be trained; merge a copy of the network")
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
         implementation = self._implementation(x)
         if compute := self._kernels_first(x, implementation) or self._at_once(x, implementation):
-            temperature = self.warehouses.temperature
+            temperature = self.temperature.value
             return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
         alpha, x = self._attend(x, implementation)
         return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, implementation, self.bias)
@@ -171,7 +168,7 @@ class KWLayer(nn.Module):
 
     def _attend(self, x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""
-        temperature = self.warehouses.temperature
+        temperature = self.temperature.value
         if attends_at_once(self.attention, x, implementation):
             return attend_at_once(self.attention, x, temperature)
         pooled, x = pool(x)
@@ -181,10 +178,10 @@ class KWLayer(nn.Module):
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         if self.products is not None:
             return folded_kernels(self.attention, self.products, pool(x)[0], self.partition)
-        return mix(self.attention(pool(x)[0], self.warehouses.temperature), self.cells, self.partition)
+        return mix(self.attention(pool(x)[0], self.temperature.value), self.cells, self.partition)
 
     @torch.no_grad()
-    def fold(self, dtype: torch.dtype | None = None) -> None:
+    def merge(self, dtype: torch.dtype | None = None) -> None:
         """Multiply attention and cells (see `folded`), and let go of the warehouses.
 
         Args:
@@ -194,15 +191,14 @@ class KWLayer(nn.Module):
             ValueError: A layer in training mode, at a temperature, whose cells cannot be streamed, or
                 whose attention was changed.
         """
-        if self.training or self.warehouses.temperature.item() != 0:
-            raise ValueError("only a trained layer can be folded: in evaluation mode, at temperature 0")
+        if self.training or self.temperature.value.item() != 0:
+            raise ValueError("only a trained layer can be merged: in evaluation mode, at temperature 0")
         if not supports("streamed", self.partition, self.geometry):
-            raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be folded")
+            raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be merged")
         if not self.attention.is_linear():
-            raise ValueError("an attention whose logits come from other layers than torch's Linear cannot be folded")
+            raise ValueError("an attention whose logits come from other layers than torch's Linear cannot be merged")
         self.products = fold_products(self.attention, self.cells, self.partition).to(dtype or self.cells.dtype)
-        self.warehouses.folded = True
-        self._owner = ()
+        self.warehouse = self.temperature = None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
@@ -228,38 +224,20 @@ class KWLayer(nn.Module):
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def hold(self, kernel: Tensor, bias: Tensor | None) -> None:
+    def load_static_weight(self, kernel: Tensor, bias: Tensor | None) -> None:
         """Take over a static kernel (Cout, Cin/groups, *k) and its bias.
 
         The assigned cells receive the kernel's parts, and the attention holds the assignment, so that the layer
-        computes at τ = 0 what the static one did. With fewer own cells than mixtures only the assigned parts are kept.
+        computes at τ = 0 what the static one did.
         """
         parts = cut(kernel.reshape(self.partition.kernel), self.partition)
-        mixture, cell = self.attention.assignment.nonzero(as_tuple=True)
-        self.cells[cell] = (parts[mixture] * (1 + EPSILON)).to(self.cells)
+        held = [(i, cell) for i, cell in enumerate(self.attention.held) if cell is not None]
+        mixtures, cells = zip(*held, strict=True)
+        self.cells[list(cells)] = (parts[list(mixtures)] * (1 + EPSILON)).to(self.cells)
         self.attention.hold_assignment()
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
-        return f"kernel={self.partition.kernel}, cell={self.partition.cell}, warehouse={self.warehouse}"
-
-
-def set_implementation(model: nn.Module, implementation: str) -> None:
-    """Make every converted layer of `model` compute in one way, to compare or to time it.
-
-    Args:
-        model: A converted network, or a module that contains one.
-        implementation: "auto", or a name in `NAMES`.
-
-    Raises:
-        ValueError: An unknown name, or a model without a converted layer.
-    """
-    if implementation not in ("auto", *NAMES):
-        raise ValueError(f"implementation must be auto, {', '.join(NAMES)}; found {implementation!r}")
-    layers = [module for module in model.modules() if isinstance(module, KWLayer)]
-    if not layers:
-        raise ValueError("the model has no converted layer")
-    for layer in layers:
-        layer.implementation = implementation
+        return f"kernel={self.partition.kernel}, cell={self.partition.cell}, merged={self.products is not None}"
