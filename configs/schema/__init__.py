@@ -47,7 +47,7 @@ def known_fields() -> dict[str, type]:
 
 def field_help(cls: type) -> dict[str, str]:
     """The one description of each field, from the Attributes section of its dataclass."""
-    section = re.split(r"Attributes:\n", inspect.cleandoc(cls.__doc__ or ""))[1]  # as Python does itself from 3.13 on
+    section = re.split(r"Attributes:\n", inspect.cleandoc(cls.__doc__))[1]  # as Python does itself from 3.13 on
     entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
 

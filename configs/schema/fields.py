@@ -1,7 +1,7 @@
 """Reading configuration files and turning their fields into checked values."""
 
+import dataclasses
 import difflib
-import inspect
 import json
 import types
 import typing
@@ -90,7 +90,7 @@ def make(cls: type[T], fields: Mapping[str, Any], source: str) -> T:
         ConfigError: An unknown field, a value of the wrong type, or one that `cls` itself refuses.
     """
     hints = typing.get_type_hints(cls)
-    reject_unknown(fields, inspect.signature(cls).parameters, source)
+    reject_unknown(fields, [f.name for f in dataclasses.fields(cls)], source)
     values = {}
     for name, value in fields.items():
         try:
