@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from timm.models import group_parameters
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class KWBackbone(BaseModule):
             net.set_grad_checkpointing(True)
         if frozen_stages >= 0:
             _freeze(net, frozen_stages)
-        self.net = net
+        self.net: Any = net
         for level, width in zip(self.levels, self.out_channels, strict=True):
             if out_norm:
                 self.add_module(f"norm{level}", LayerNorm2d(width))
@@ -145,13 +145,13 @@ class KWBackbone(BaseModule):
                 self.get_parameter(name).data.copy_(value)
         self._is_init = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept upstream's names too, and nothing that does not fit: mmengine asks for no strictness at all."""
         own = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         norms = self._load(own, "the backbone's part")
         net = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         state_dict.update({prefix + k: v for k, v in {**norms, **net}.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _load(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """Load the network's weights by their names in a classifier or a detector; return those of the output norms."""
@@ -169,7 +169,8 @@ class KWBackbone(BaseModule):
         return norms
 
 
-def _build(config: Mapping[str, Any] | str | Path, fields: dict[str, Any]) -> nn.Module:
+# timm's networks have no class in common that would name what they all have; so they are Any here.
+def _build(config: Mapping[str, Any] | str | Path, fields: dict[str, Any]) -> Any:
     net = build_model(config, **fields)
     if getattr(net, "dynamic_img_size", True):
         return net
@@ -178,7 +179,7 @@ def _build(config: Mapping[str, Any] | str | Path, fields: dict[str, Any]) -> nn
     return build_model(config, **{**fields, "model_kwargs": {**model_kwargs, "dynamic_img_size": True}})
 
 
-def _find_levels(net: nn.Module, indices: Sequence[int], final_features: bool) -> tuple[int, ...]:
+def _find_levels(net: Any, indices: Sequence[int], final_features: bool) -> tuple[int, ...]:
     """The levels that `indices` name, each checked to be there."""
     name = type(net).__name__
     if not all(hasattr(net, a) for a in ("feature_info", "forward_intermediates", "prune_intermediate_layers")):
@@ -199,7 +200,7 @@ def _find_levels(net: nn.Module, indices: Sequence[int], final_features: bool) -
     return levels
 
 
-def _prune_(net: nn.Module, levels: Sequence[int], final_features: bool) -> None:
+def _prune_(net: Any, levels: Sequence[int], final_features: bool) -> None:
     """Remove what the levels do not need."""
     if final_features:
         net.reset_classifier(0, "")
@@ -211,13 +212,13 @@ def _prune_(net: nn.Module, levels: Sequence[int], final_features: bool) -> None
         remove_unused_warehouses_(net)
 
 
-def _freeze(net: nn.Module, level: int) -> None:
+def _freeze(net: Any, level: int) -> None:
     """Freeze all that makes the levels up to `level`, and the warehouses that nothing else mixes from."""
     if level >= len(net.feature_info):
         raise ConfigError(
             f"field 'frozen_stages': {type(net).__name__} has levels 0 to {len(net.feature_info) - 1}, found {level}"
         )
-    stages = group_parameters(net, net.group_matcher(coarse=True), reverse=True)
+    stages = cast("dict[str, int]", group_parameters(net, net.group_matcher(coarse=True), reverse=True))
     module = f"{net.feature_info[level]['module']}."
     # The level of the stem may name an activation, which has no parameters.
     last = max((stage for name, stage in stages.items() if name.startswith(module)), default=0)

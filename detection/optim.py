@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -42,7 +43,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ConfigError("field 'optim_wrapper.optimizer.lr': LayerDecayConstructor needs one to scale")
 
-    def add_params(self, params: list[dict], module: nn.Module, **_) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, *_: Any, **__: Any) -> None:
         """Add the groups of all trainable parameters of `module` to `params`."""
         decay, folded = self.paramwise_cfg["layer_decay"], self.paramwise_cfg.get("num_layers")
         layers: dict[str, float] = {}

@@ -40,11 +40,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise SaveError(f"{path}: could not be written, and is as it was before: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is only durable once its folder is
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps names in a journal
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # the new name is only durable once its folder is
+        finally:
+            os.close(folder)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _numbered(folder: str | Path) -> list[Path]:
     """The checkpoints of epochs and steps, the newest first."""
     names = {p: NAME.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*.pth")}
     ages = {p: (int(m[1]), float(m[2] or "inf")) for p, m in names.items() if m}
-    return sorted(ages, key=ages.get, reverse=True)
+    return sorted(ages, key=ages.__getitem__, reverse=True)
 
 
 def _seal(file: BinaryIO) -> None:

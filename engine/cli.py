@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
             name = unknown[0].removeprefix("--").partition("=")[0]
             reject_unknown([name], [*known_fields(), "kw_config"], "command line")
         raise ConfigError(f"command line: unexpected argument {unknown[0]!r}")
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     # One word is itself: a single ratio holds for all warehouses, a list has one for each.
     given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
     return load_config(given.pop("kw_config", {}), given)

@@ -66,14 +66,17 @@ def _try_micro_batch(training: Training) -> tuple[float, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    training.model.train()
-    for _ in range(2):  # the first also prepares the device
+    def forward_and_backward() -> float:
         start = _now(device)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(run, device):
             loss = training.model(images).float().square().mean()
         loss.backward()
-        seconds = _now(device) - start
+        return _now(device) - start
+
+    training.model.train()
+    forward_and_backward()  # prepares the device
+    seconds = forward_and_backward()
     training.optimizer.zero_grad()
     return seconds * run.batch_size / count, sum(kept.values()) * run.batch_size // count
 

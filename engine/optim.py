@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.optim import Optimizer
 
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     Raises:
         ConfigError: `layer_decay` is not 1 and the model has no `group_matcher`, as timm's networks have.
     """
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    exempt = getattr(model, "no_weight_decay", set)()
     layers = parameter_layers(model) if layer_decay != 1 else {}
     top = max(layers.values(), default=0)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
@@ -64,12 +64,13 @@ def parameter_layers(model: nn.Module) -> dict[str, int]:
     Raises:
         ConfigError: The model has no `group_matcher`.
     """
-    if not hasattr(model, "group_matcher"):
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
         raise ConfigError(
             f"field 'layer_decay': {type(model).__name__} has no group_matcher() to name its layers; pass "
             "--layer_decay 1 or take a network of timm's"
         )
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers = group_parameters(model, matcher(coarse=False), reverse=True)
     for cells, users in warehouse_users(model).items():
         prefixes = tuple(f"{user}." for user in users)
         layers[cells] = max(layer for name, layer in layers.items() if name.startswith(prefixes))

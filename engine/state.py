@@ -4,11 +4,11 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
+from timm.data.mixup import Mixup
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -86,7 +86,9 @@ class Training:
             schedule = replace(schedule, anneal_iterations=0)
         training = cls(
             model=model,
-            parallel=world.wrap(torch.compile(model) if run.compile else model, run.update_freq == 1),
+            parallel=world.wrap(
+                cast("nn.Module", torch.compile(model)) if run.compile else model, run.update_freq == 1
+            ),
             optimizer=build_optimizer(model, run),
             scaler=grad_scaler(run, world.device),
             schedule=schedule,

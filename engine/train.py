@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..datasets import begin_epoch
+from ..datasets import FinishingLoader, TrainSampler, begin_epoch
 from ..models import set_temperature
 from .amp import autocast
 from .distributed import World
@@ -68,16 +67,21 @@ class BufferCopy:
 
     def take(self) -> None:
         """Copy the buffers as they are now."""
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        _copy(self.copies, self.buffers)
 
     def restore(self) -> None:
         """Make the buffers what they were when they were copied."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
+        _copy(self.buffers, self.copies)
 
 
-def train_epoch(training: Training, loader: DataLoader, progress: Progress, keeper: Keeper) -> dict[str, float]:
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def train_epoch(
+    training: Training, loader: FinishingLoader[TrainSampler], progress: Progress, keeper: Keeper
+) -> dict[str, float]:
     """Train what is left of an epoch, `training.epoch`.
 
     A step whose loss is not finite changes nothing but the position, and is counted.
@@ -139,7 +143,7 @@ def accumulate_gradients(
     criterion = partial(F.cross_entropy, label_smoothing=0.0 if training.mixup else run.smoothing)
     before = training.epoch * schedule.iterations_per_epoch
     finite = torch.ones((), dtype=torch.bool, device=world.device)
-    poll = None
+    poll: Poll | None = None
     for index, (images, targets) in zip(window, batches, strict=True):
         if schedule.anneal_iterations:
             set_temperature(training.model, schedule.temperature(before + index + 1))
@@ -160,6 +164,8 @@ def accumulate_gradients(
             training.scaler.scale(loss / len(window)).backward()
         counted = torch.stack([loss.detach(), torch.ones_like(loss)])
         training.losses += torch.where(counted[0].isfinite(), counted, 0)
+    if poll is None:
+        raise ValueError("a step has at least one micro-batch")
     return poll.votes()
 
 

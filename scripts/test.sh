@@ -7,4 +7,5 @@ bash scripts/setup_env.sh test
 export OMP_NUM_THREADS=1 # the test processes share the cores already
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/basedpyright --pythonpath .venv/bin/python
 .venv/bin/python -m pytest -n auto --maxprocesses 8 "$@"

@@ -141,7 +141,7 @@ def test_photographs_are_augmented_as_by_timm(fields, monkeypatch):
         interpolation=run.train_interpolation,
         re_prob=0 if plain else run.reprob,
         re_mode="pixel",
-        **statistics(run),
+        **statistics(run)._asdict(),
     )
     errors, erased = [], 0
     for seed, photograph in enumerate(PHOTOGRAPHS * 60):

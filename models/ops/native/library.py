@@ -3,7 +3,8 @@
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def call(
         tensors: What it takes after them: contiguous, or given as the memory that is written.
         dtype: The type; that of the first tensor by default.
     """
-    run = _function(function, dtype or tensors[0].dtype)
+    run = _function(function, dtype or next(tensor.dtype for tensor in tensors if tensor is not None))
     if run.argtypes is None:
         run.argtypes = [_ARGUMENTS.get(type(size), ctypes.c_void_p) for size in (*sizes, 1)]
         run.argtypes += [ctypes.c_void_p] * len(tensors)
@@ -80,7 +81,8 @@ def call(
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+def _function(name: str, dtype: torch.dtype) -> Any:
+    """A function of the library; ctypes has no public name for its class."""
     return library()[f"{name}_{_TYPES[dtype]}"]
 
 
