@@ -17,7 +17,7 @@ from torch import nn
 from ..configs.schema import ConfigError
 from ..configs.schema.fields import reject_unknown
 from ..models import CheckpointError
-from .backbone import KWBackbone
+from .backbone import DynamicBackbone
 from .bridge import MissingOperatorError
 
 
@@ -162,7 +162,7 @@ def build_runner(config: Config) -> Runner:
         runner = Runner.from_cfg(config)
     model = unwrap(runner.model)
     backbone, widths = getattr(model, "backbone", None), getattr(getattr(model, "neck", None), "in_channels", None)
-    if isinstance(backbone, KWBackbone) and widths is not None and list(widths) != list(backbone.out_channels):
+    if isinstance(backbone, DynamicBackbone) and widths is not None and list(widths) != list(backbone.out_channels):
         raise ConfigError(
             f"field 'model.neck.in_channels': {list(widths)}, but the levels {backbone.levels} of 'out_indices' of the "
             f"backbone have the channels {list(backbone.out_channels)}"

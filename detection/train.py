@@ -58,8 +58,8 @@ def _apply(options: argparse.Namespace, config: Config) -> None:
     """Put the options of training into the configuration."""
     backbone = config.model.get("backbone", {})
     if options.checkpoint:
-        if backbone.get("type") != "KWBackbone":
-            raise ConfigError(f"--checkpoint: {config.filename} has no KWBackbone to load it; use --cfg-options")
+        if backbone.get("type") != "DynamicBackbone":
+            raise ConfigError(f"--checkpoint: {config.filename} has no DynamicBackbone to load it; use --cfg-options")
         backbone.checkpoint = options.checkpoint
     if backbone.get("checkpoint") and not Path(backbone.checkpoint).is_file():
         raise ConfigError(f"field 'model.backbone.checkpoint': no such file: {backbone.checkpoint}")
@@ -82,7 +82,7 @@ def _check_frozen(config: Config) -> None:
     backbone = config.model.get("backbone", {})
     continues = config.get("resume") and (Path(config.work_dir) / "last_checkpoint").is_file()
     starts = backbone.get("checkpoint") or config.get("load_from") or continues
-    if backbone.get("type") != "KWBackbone" or backbone.get("frozen_stages", -1) < 0 or starts:
+    if backbone.get("type") != "DynamicBackbone" or backbone.get("frozen_stages", -1) < 0 or starts:
         return
     if not load_config(backbone.config, backbone.get("overrides")).model.pretrained:
         raise ConfigError(

@@ -17,7 +17,7 @@ NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 # The end of a zip archive is the length of its comment, in two bytes, and the comment: here a sum of all before it.
 DIGEST = hashlib.sha256().digest_size
 NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
-REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "temperature", "config", "processes"}
+REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "config", "processes"}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

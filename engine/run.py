@@ -21,7 +21,7 @@ from ..datasets import (
     build_train_loader,
     viewable,
 )
-from ..models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
+from ..models import build_model, load_checkpoint
 from .distributed import World
 from .dry_run import describe
 from .evaluate import Metrics, at_size, evaluate, predict
@@ -58,10 +58,7 @@ def evaluate_run(config: Config, world: World) -> Metrics:
     loaders = {size: _eval_loader(sized, world) for size, sized in configs.items()}
     model = _build(config)
     if run.resume:
-        content = read_checkpoint(run.resume)
-        load_content(model, content, run.model_key, source=run.resume)
-        # Ours say at which temperature the weights were trained last; every other file is taken as trained to the end.
-        set_temperature(model, content.get("temperature", 0.0))
+        load_checkpoint(model, run.resume, run.model_key)
     model = model.to(world.device)
     if run.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -169,7 +166,7 @@ def fit(
     run, world, schedule = training.run, training.world, training.schedule
     while training.epoch < run.epochs:
         epoch = training.epoch
-        was_annealing = schedule.temperature(epoch * schedule.iterations_per_epoch) > 0
+        was_annealing = schedule.anneals_at(epoch * schedule.iterations_per_epoch)
         training.begin_epoch()
         batch, done = run.batch_size * world.size, training.iteration
         see = partial(_show_inputs, training, log) if log.writer and run.log_images else None
@@ -178,7 +175,7 @@ def fit(
                 figures = train_epoch(training, train_loader, progress, keeper)
             training.end_epoch()
             training.set_temperature()
-            if was_annealing and training.temperature == 0:
+            if was_annealing and not schedule.anneals_at(training.iterations):
                 training.best.clear()  # accuracies at a temperature that the trained network does not have
             record = {"epoch": epoch, "n_parameters": parameter_count(training.model)}
             record |= {f"train_{name}": value for name, value in figures.items()}

@@ -120,6 +120,8 @@ def train_epoch(
             training.bad_steps = 0
             update_weights(training)
         training.iteration = window.stop
+        if training.ema is not None:
+            training.set_temperature()  # which the average has averaged, as it does with statistics
         progress.advance(len(window))
         if training.step % READ_EVERY == 0 or window.stop == batches:
             total, count = training.losses.tolist()
@@ -145,8 +147,8 @@ def accumulate_gradients(
     finite = torch.ones((), dtype=torch.bool, device=world.device)
     poll: Poll | None = None
     for index, (images, targets) in zip(window, batches, strict=True):
-        if schedule.anneal_iterations:
-            set_temperature(training.model, schedule.temperature(before + index + 1))
+        for operator, value in schedule.temperatures(before + index + 1).items():
+            set_temperature(training.model, value, operator)
         images, targets = (t.to(world.device, non_blocking=True) for t in (images, targets))
         if training.mixup:
             images, targets = training.mixup(images, targets)
@@ -204,6 +206,7 @@ def skip_step(training: Training, window: range) -> None:
 def _rates(training: Training) -> dict[str, float]:
     """The learning rate and the temperature of the step just done."""
     rates = {"lr": training.schedule.lr(training.step - 1)}
-    if training.schedule.anneal_iterations:
-        rates["temperature"] = training.temperature
-    return rates
+    temperatures = training.temperatures
+    if len(temperatures) == 1:
+        return rates | {"temperature": next(iter(temperatures.values()))}
+    return rates | {f"temperature_{operator}": value for operator, value in temperatures.items()}

@@ -14,28 +14,36 @@ from .checkpoints import (
     translations,
 )
 from .convert import (
+    anneals,
     convert_,
     dynamic_layers,
     plan_conversion,
     plans,
     set_implementation,
     set_temperature,
+    shared_labels,
     sharing,
     sharing_groups,
     temperatures,
 )
 from .merge import merge_
 from .operators import SCHEMAS, get_operator, operator_names, read_config, register
+from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .plan import ConversionPlan
 from .tuning import tune
 
 __all__ = [
     "DEFAULT_KEY",
     "SCHEMAS",
+    "Anneal",
     "CheckpointError",
     "ConfigError",
     "ConversionPlan",
+    "DynamicLayer",
     "ModelConfig",
+    "Operator",
+    "OperatorConfig",
+    "anneals",
     "build_model",
     "convert_",
     "create_model",
@@ -54,6 +62,7 @@ __all__ = [
     "register",
     "set_implementation",
     "set_temperature",
+    "shared_labels",
     "sharing",
     "sharing_groups",
     "temperatures",

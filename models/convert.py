@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .obstacles import Obstacles
 from .operators import get_operator
-from .ops.api import DynamicLayer, Operator, OperatorConfig
+from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .ops.tied import Temperature, Tied
 from .plan import ConversionPlan, LayerPlan
 from .sites import LAYERS, check_network, find_sites
@@ -86,8 +86,9 @@ def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.
     anneal = operator.anneal(plan.config)
     temperature = None
     if anneal is not None:
-        limits = operator.temperature_limits()
-        temperature = Temperature(anneal.end, limits, device=weight.device, dtype=weight.dtype)
+        temperature = Temperature(anneal.end, anneal.limits, device=weight.device, dtype=weight.dtype)
+    for name, module in shared.items():
+        module.label = name
     layers = {}
     for planned in plan.layers:
         layer = operator.layer(planned, old[planned.name], shared, plan)
@@ -160,8 +161,20 @@ def plans(net: nn.Module) -> list[ConversionPlan]:
     return found
 
 
+def anneals(net: nn.Module) -> dict[str, Anneal]:
+    """How the temperature of each operator in a network changes in training, for those that have one."""
+    found = {plan.operator: get_operator(plan.operator).anneal(plan.config) for plan in plans(net)}
+    return {name: anneal for name, anneal in found.items() if anneal is not None}
+
+
+def shared_labels(net: nn.Module) -> dict[str, str]:
+    """Name of each parameter that layers may share, as `net` spells it → what the plan calls it."""
+    tied = {id(p): m.label for layer in dynamic_layers(net).values() for m in layer.shared() for p in m.parameters()}
+    return {name: tied[id(p)] for name, p in net.named_parameters() if id(p) in tied}
+
+
 def sharing(net: nn.Module) -> dict[str, list[str]]:
-    """Name of each parameter that is shared → names of the layers that use it, both as `net` spells them.
+    """Name of each parameter that layers may share → names of the layers that use it, both as `net` spells them.
 
     What the plan says of sharing, for the layers that are there.
     """

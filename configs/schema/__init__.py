@@ -23,12 +23,13 @@ __all__ = [
     "ModelConfig",
     "Operators",
     "RunConfig",
+    "chosen_operator",
     "field_help",
     "field_names",
     "find_config",
+    "known_fields",
     "limited",
     "load_config",
-    "known_fields",
 ]
 
 

@@ -21,7 +21,7 @@ model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[63.75, 63.75, 63.75]),
     backbone=dict(
         _delete_=True,
-        type="KWBackbone",
+        type="DynamicBackbone",
         config="configs/quickstart/kw1x_resnet18.json",
         overrides=dict(in_chans=3, model_kwargs=dict(channels=channels)),
         norm_eval=False,  # the classifier's statistics are those of white digits on black

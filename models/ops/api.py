@@ -4,6 +4,7 @@ An operator is a class that `models/operators.py` knows by its name. Everything 
 these types, and knows no operator by name.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,14 @@ class Anneal:
         end: Where it stays afterwards, and in every trained network.
         epochs: How long it takes, linearly in the iterations.
         step: If above 0, it falls by so much at the end of each epoch instead.
+        limits: The least and the greatest temperature that the operator can have.
     """
 
     start: float
     end: float
     epochs: float
     step: float = 0.0
+    limits: tuple[float, float] = (0.0, math.inf)
 
     def value(self, progress: float, epoch: int) -> float:
         """The temperature when a share `progress` of the annealing is done, and so many whole epochs of the run."""
@@ -151,10 +154,6 @@ class Operator(ABC):
     def anneal(self, config: Any) -> Anneal | None:
         """How the temperature changes in training; None for an operator, or a configuration, without one."""
         del config
-
-    def temperature_limits(self) -> tuple[float, float]:
-        """The least and the greatest temperature."""
-        return 0.0, float("inf")
 
     def shared(self, plan: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Tied]:
         """Make what layers share, by the names that their plans have in `shared`."""

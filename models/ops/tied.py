@@ -16,12 +16,16 @@ class Tied(nn.Module):
 
     A state dict holds it under the first of its names. Loading takes it from any of its names, reports it missing once,
     and refuses different values under two names.
+
+    Attributes:
+        label: What the plan calls it.
     """
 
     optional: ClassVar[bool] = False  # whether a state dict may lack it
 
     def __init__(self):
         super().__init__()
+        self.label = ""
         self._forget_call()
 
     def _forget_call(self) -> None:

@@ -62,11 +62,7 @@ class KernelWarehouse(Operator):
     def anneal(self, config: KWConfig) -> Anneal:
         """τ from the static assignment to pure attention over 20 epochs (the paper; 15 of 150 for MobileNetV2)."""
         del config
-        return Anneal(start=1.0, end=0.0, epochs=20)
-
-    def temperature_limits(self) -> tuple[float, float]:
-        """τ weighs the assignment against the attention."""
-        return 0.0, 1.0
+        return Anneal(start=1.0, end=0.0, epochs=20, limits=(0.0, 1.0))
 
     def plan(self, sites: Sites, config: KWConfig) -> KWPlan:
         """As `Operator.plan`; see `planning.py`."""
