@@ -83,7 +83,9 @@ class DynamicBackbone(BaseModule):
     ):
         super().__init__()
         if init_cfg is not None:
-            raise ConfigError(f"field 'init_cfg': {type(self).__name__} takes its weights by 'checkpoint'; found {init_cfg!r}")
+            raise ConfigError(
+                f"field 'init_cfg': {type(self).__name__} takes its weights by 'checkpoint'; found {init_cfg!r}"
+            )
         self.checkpoint = checkpoint
         self.model_key = model_key
         self.norm_eval = norm_eval
@@ -176,6 +178,7 @@ class DynamicBackbone(BaseModule):
 # The name by which configurations of earlier versions ask for it.
 KWBackbone = DynamicBackbone
 MODELS.register_module(name="KWBackbone", module=DynamicBackbone)
+BACKBONES = ("DynamicBackbone", "KWBackbone")
 
 
 # timm's networks have no class in common that would name what they all have; so they are Any here.

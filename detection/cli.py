@@ -71,6 +71,9 @@ def read_config(options: argparse.Namespace) -> Config:
         config.merge_from_dict(options.cfg_options)
     if options.data_root:
         set_data_root(config, options.data_root)
+    paramwise = config.get("optim_wrapper", {}).get("paramwise_cfg")
+    if paramwise is not None and "constructor" not in config.optim_wrapper:
+        paramwise.setdefault("bypass_duplicate", True)  # of what layers of the backbone share
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get("work_dir") or str(Path("work_dirs") / path.stem)
     return config

@@ -58,7 +58,9 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
                 layers |= {root + name: count + 1 - math.ceil(layer * count / depth) for name, layer in own.items()}
                 exempt |= {root + name for name in getattr(backbone.net, "no_weight_decay", set)()}
         if not layers:
-            raise ConfigError(f"LayerDecayConstructor: {type(module).__name__} holds no DynamicBackbone to count layers in")
+            raise ConfigError(
+                f"LayerDecayConstructor: {type(module).__name__} holds no DynamicBackbone to count layers in"
+            )
         groups = defaultdict(list)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

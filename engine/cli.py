@@ -36,7 +36,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
             # Fields of other operators are for `read_config` to explain.
             others = [] if operator else [field for other in operator_names() for field in known_fields(SCHEMAS[other])]
             reject_unknown([name], [*known_fields(operator), *others, "kw_config", "import"], "command line")
-            raise ConfigError(f"command line: --{name} is a field of an operator, and no model with one was named before it")
+            raise ConfigError(
+                f"command line: --{name} is a field of an operator, and no model with one was named before it"
+            )
         raise ConfigError(f"command line: unexpected argument {unknown[0]!r}")
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     # One word is itself: a single ratio holds for all warehouses, a list has one for each.

@@ -180,14 +180,14 @@ class Training:
         Raises:
             CheckpointError: It belongs to another model or optimizer.
         """
-        load_weights(self.model, state["model"], source="the checkpoint")
+        load_weights(self.model, state["model"], source="it belongs to another model")
         if self.ema is not None:
-            load_weights(self.ema.module, state.get("model_ema", state["model"]), source="the checkpoint's average")
+            load_weights(self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model")
         try:
             saved = optimizer_state_for(self.model, state["model"], state["optimizer"], self.run)
             self.optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as e:
-            raise CheckpointError(f"the checkpoint belongs to another model or optimizer: {e}") from e
+            raise CheckpointError(f"it belongs to another optimizer: {e}") from e
         if self.run.tune:
             recall(state.get("tuned", {}))
         if state["scaler"] and self.scaler.is_enabled():

@@ -1,7 +1,7 @@
 """Models: backbones of timm, converted to dynamic convolutions."""
 
 from ..configs.schema import ConfigError, ModelConfig
-from .build import build_model, create_model
+from .build import build_model, create_model, find_preset
 from .checkpoints import (
     DEFAULT_KEY,
     CheckpointError,
@@ -48,6 +48,7 @@ __all__ = [
     "convert_",
     "create_model",
     "dynamic_layers",
+    "find_preset",
     "find_state_dict",
     "get_operator",
     "load_checkpoint",

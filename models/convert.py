@@ -12,9 +12,7 @@ from .plan import ConversionPlan, LayerPlan
 from .sites import LAYERS, check_network, find_sites
 
 
-def plan_conversion(
-    net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None
-) -> ConversionPlan:
+def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
     """Decide how `net` would be converted, changing nothing.
 
     Args:
@@ -74,7 +72,7 @@ def convert_(
     new = _make_layers(operator, plan, old)
     if keep_weights:
         operator.load_static(new, old, plan)
-    _inherit(operator, new, old)
+    _inherit(new, old)
     operator.apply_(net, plan, new)
     return net
 
@@ -97,7 +95,7 @@ def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.
     return layers
 
 
-def _inherit(operator: Operator, new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> None:
+def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> None:
     """Mode and trainability: a bias is trained if the old one was, all else if the old weight was."""
     users: dict[Tied, list[bool]] = {}
     for name, layer in new.items():

@@ -35,7 +35,9 @@ def merge_(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
         raise ValueError("the model has no converted layer to merge")
     for name, layer in layers.items():
         if layer.training:
-            raise ValueError(f"only a trained model can be merged, and {name} is in training mode: call model.eval() first")
+            raise ValueError(
+                f"only a trained model can be merged, and {name} is in training mode: call model.eval() first"
+            )
         if layer.temperature is not None and layer.temperature.value.item() != layer.temperature.end:
             raise ValueError(
                 f"only a trained model can be merged: {name} is at temperature {layer.temperature.value.item():g}, a trained "

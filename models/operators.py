@@ -33,7 +33,9 @@ def register(operator: type[Operator]) -> type[Operator]:
         ValueError: Its name or prefix is taken by another one, or is none.
     """
     if not operator.name.isidentifier() or not re.fullmatch("[a-z]+", operator.prefix):
-        raise ValueError(f"operator {operator.name!r}, prefix {operator.prefix!r}: names are identifiers, prefixes letters")
+        raise ValueError(
+            f"operator {operator.name!r}, prefix {operator.prefix!r}: names are identifiers, prefixes letters"
+        )
     for name in operator_names():
         same = name in _registered and type(_registered[name]).__qualname__ == operator.__qualname__
         if not same and (name == operator.name or prefix_of(name) == operator.prefix):

@@ -22,6 +22,8 @@ class LayerPlan:
         kernel: (Cout, Cin/groups, *k); (out_features, in_features, …ones) for a linear layer.
         repeats: Samples of this layer for one of the network's: more than 1 where images are cut into windows that
             follow each other in the batch, each of which then has a kernel of its own.
+        added: Parameters beyond those of the static layer, of what it does not share.
+        macs: Multiply-accumulates for a sample beyond those of the static layer.
     """
 
     name: str
@@ -29,6 +31,8 @@ class LayerPlan:
     in_channels: int
     kernel: tuple[int, ...]
     repeats: int = 1
+    added: int = 0
+    macs: int = 0
 
     @property
     def shares(self) -> tuple[str, ...]:
@@ -59,12 +63,12 @@ class ConversionPlan:
     @property
     def parameters_after(self) -> int:
         """Parameters of the converted network."""
-        raise NotImplementedError(f"{type(self).__name__} does not count its parameters")
+        return self.parameters_before + sum(layer.added for layer in self.layers)
 
     @property
     def mixing_macs(self) -> int:
         """Multiply-accumulates for one image beyond those of the static network: of making the kernels."""
-        return 0
+        return sum(layer.repeats * layer.macs for layer in self.layers)
 
     def sharing(self) -> dict[str, list[str]]:
         """Name of what is shared → names of the layers that share it."""
@@ -121,7 +125,11 @@ class ConversionPlan:
             f"{self.operator}: parameters {self.parameters_before:,} → {self.parameters_after:,}; mixing "
             f"{self.mixing_macs / 1e6:,.1f} M MACs an image"
         )
-        notes = [f"{layer.name}: {layer.repeats} windows an image, a kernel each" for layer in self.layers if layer.repeats > 1]
+        notes = [
+            f"{layer.name}: {layer.repeats} windows an image, a kernel each"
+            for layer in self.layers
+            if layer.repeats > 1
+        ]
         notes += [f"{name} stays static: {reason}" for name, reason in self.left]
         return "\n\n".join([*map(table_text, self.tables()), summary, *(["\n".join(notes)] if notes else [])])
 

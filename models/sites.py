@@ -188,7 +188,13 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
 
 def check_network(net: nn.Module) -> None:
     """Raise a ValueError for what cannot be converted in place: a wrapper, or a single layer."""
-    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
+    wrappers = (
+        "DistributedDataParallel",
+        "DataParallel",
+        "FullyShardedDataParallel",
+        "OptimizedModule",
+        "ScriptModule",
+    )
     if type(net).__name__ in wrappers or isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"the network is wrapped in {type(net).__name__}: convert the network inside, then wrap it")
     if isinstance(net, LAYERS):

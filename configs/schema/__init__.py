@@ -142,6 +142,6 @@ def reject_fields_of_operators(
         users = [name for name in operators if field not in known and field in field_names(operators[name])]
         if users:
             raise ConfigError(
-                f"{source}: {fields.get('model', 'the model')} is a static network, for which {field!r} means nothing; "
-                f"it belongs to the operator {' or '.join(users)}: name it by 'operator', or take a model with its prefix"
+                f"{source}: {fields.get('model', 'the model')} is a static network, for which {field!r} means "
+                f"nothing; it is of the operator {' or '.join(users)}: name it by 'operator', or take a model with its prefix"
             )

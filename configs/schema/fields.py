@@ -217,8 +217,10 @@ def _coerce(value: Any, hint: Any) -> Any:
         pass
     elif hint is float and isinstance(value, int | float | str):
         return float(value)
-    elif hint is int and isinstance(value, int | float | str) and not (
-        isinstance(value, float) and not value.is_integer()
+    elif (
+        hint is int
+        and isinstance(value, int | float | str)
+        and not (isinstance(value, float) and not value.is_integer())
     ):
         return int(value)
     raise ValueError(value)

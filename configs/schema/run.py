@@ -182,8 +182,6 @@ class RunConfig(Fields):
             self._refuse("tune", "false with 'compile', which is code of its own")
         if self.tune and self.sync_bn:
             self._refuse("tune", "false with 'sync_bn', for which processes would have to time the same together")
-        if self.temp_epoch is not None and self.temp_epoch > self.epochs:
-            self._refuse("temp_epoch", f"at most 'epochs', which is {self.epochs}, so that the temperature ends")
 
     def _refuse(self, name: str, rule: str) -> NoReturn:
         raise ConfigError(f"field '{name}': must be {rule}; found {getattr(self, name)!r}")

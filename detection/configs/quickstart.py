@@ -87,7 +87,8 @@ test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
+    # Layers share cells, which mmengine would add for each of them.
+    paramwise_cfg=dict(norm_decay_mult=0.0, bypass_duplicate=True),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [

@@ -19,6 +19,7 @@ from ..sites import Sites
 from ..translation import Translation, original_translation
 from .tied import Temperature, Tied
 
+
 class OperatorConfig(Fields):
     """The fields of an operator: a frozen dataclass, whose docstring describes each in a section "Attributes".
 
@@ -103,6 +104,15 @@ class DynamicLayer(nn.Module):
     def implementations(self) -> tuple[str, ...]:
         """Names that `implementation` may have, beside "auto"."""
         return ()
+
+    def orders(self, y: Tensor) -> list[tuple[int, int, int]]:
+        """The orders in which the layer can be computed, given an output y of one sample, to bound its time from below.
+
+        Returns:
+            For each order: multiply-adds of a sample, values that are read once for a batch, multiply-adds once for a batch.
+        """
+        del y
+        return [(0, sum(p.numel() for p in self.parameters()), 0)]
 
     def as_images(self, x: Tensor) -> Tensor:
         """The layer's input as its convolution sees it, (B, Cin, *spatial)."""

@@ -15,7 +15,9 @@ class KWTranslation(Translation):
 
     def __init__(self, net: nn.Module, plan: KWPlan):
         cells = _cells(net, plan)
-        temperatures = {f"{n}.value" for n, m in net.named_modules(remove_duplicate=False) if isinstance(m, Temperature)}
+        temperatures = {
+            f"{n}.value" for n, m in net.named_modules(remove_duplicate=False) if isinstance(m, Temperature)
+        }
         numbers = {cells[w.name]: i for i, w in enumerate(plan.warehouses) if w.name in cells}
         original = original_names(net)
         names: dict[str, str] = {}
@@ -32,10 +34,10 @@ class KWTranslation(Translation):
             names[key] = ".".join(filter(None, (module + attention + rest.replace(".norm", ".norm1"), leaf)))
             if names[key].endswith(".gamma"):
                 gammas.append(key)
-        reading: dict[str, Convert] = {key: _swap for key in numbers}
+        reading: dict[str, Convert] = dict.fromkeys(numbers, _swap)
         writing = dict(reading)
-        reading |= {key: _flatten for key in gammas}
-        writing |= {key: _as_map for key in gammas}
+        reading |= dict.fromkeys(gammas, _flatten)
+        writing |= dict.fromkeys(gammas, _as_map)
         super().__init__(names, reading, writing)
         self._old = {f"warehouses.{name}": key for name, key in cells.items()}
 

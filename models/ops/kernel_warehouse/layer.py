@@ -1,6 +1,7 @@
 """KWLayer: what all layers have in common whose kernels are mixed from a shared warehouse."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,6 +96,23 @@ class KWLayer(DynamicLayer):
     def implementations(self) -> tuple[str, ...]:
         """As `DynamicLayer`."""
         return NAMES
+
+    def orders(self, y: Tensor) -> list[tuple[int, int, int]]:
+        """As `DynamicLayer`: kernels mixed and applied, kernels of attention and cells first, or inputs mixed."""
+        partition, n = self.partition, len(self.cells)
+        positions = y[0].numel() // partition.kernel[0]
+        kernel, cell = math.prod(partition.kernel), math.prod(partition.cell)
+        *_, blocks_out, _ = partition.grid
+        hidden = self.attention.fc1.out_features
+        own = len(self.attention.own_cells) * cell
+        found = [
+            (kernel * (n + positions), own, 0),
+            (kernel * (hidden + 1 + positions), kernel * (hidden + 1), kernel * n * hidden),
+        ]
+        if self.geometry.groups == 1:
+            mixed = n * math.prod(partition.cell[1:]) * positions
+            found.append((mixed * (partition.mixtures + blocks_out * partition.cell[0]), own, 0))
+        return found
 
     def as_images(self, x: Tensor) -> Tensor:
         """The layer's input as images (B, Cin, *spatial)."""

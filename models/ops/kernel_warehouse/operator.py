@@ -93,7 +93,11 @@ class KernelWarehouse(Operator):
 
     def check_static(self, plan: KWPlan) -> None:
         """Below a budget of 1 there are fewer cells than parts of kernels."""
-        short = [w.name for w in plan.warehouses if w.cells < sum(la.mixtures for la in plan.layers if la.warehouse == w.name)]
+        short = [
+            w.name
+            for w in plan.warehouses
+            if w.cells < sum(la.mixtures for la in plan.layers if la.warehouse == w.name)
+        ]
         if short:
             raise ValueError(
                 f"a static network's weights cannot be kept with fewer cells than the kernels have parts, as in "
@@ -121,7 +125,9 @@ class KernelWarehouse(Operator):
         del dtype, max_bytes
         for name, layer in layers.items():
             if not layer.attention.is_linear():
-                raise ValueError(f"{name}: an attention whose logits come from other layers than torch's Linear cannot be merged")
+                raise ValueError(
+                    f"{name}: an attention whose logits come from other layers than torch's Linear cannot be merged"
+                )
 
     def merge_(self, layers: Mapping[str, KWLayer], x_shapes: Mapping[str, Sequence[int]], **options: Any) -> list[str]:
         """Attention and cells multiplied once and for all; see `merge.py` for the options."""
