@@ -14,12 +14,13 @@ export OMP_NUM_THREADS=1 # the test processes share the cores already
 
 chosen="not slow"
 if [ "${1:-}" = --all ]; then
-    chosen=""
+    chosen="slow or not slow"
     shift
 fi
-run() { .venv/bin/python -m pytest -n auto --maxprocesses 8 -m "$chosen" "$@"; }
-run "$@"
+test() { .venv/bin/python -m pytest -n auto --maxprocesses 8 -m "$@"; }
+test "$chosen" "$@"
 if [ $# = 0 ]; then
-    KERNELWAREHOUSE_CPU=avx2 run tests/models/ops
-    CXX=no-compiler run tests/models/ops
+    chosen="($chosen) and not triton"
+    KERNELWAREHOUSE_CPU=avx2 test "$chosen" tests/models/ops
+    CXX=no-compiler test "$chosen" tests/models/ops
 fi
