@@ -17,9 +17,12 @@ import torch
 # In reverse, since values.cpp takes longest and should begin first.
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"), reverse=True)
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-_INSTRUCTIONS = {
-    "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"],
-    "AVX2": ["-mavx2", "-mfma"],
+# What an x86 processor can have, each with all before it, and how the compiler is told so.
+_LEVELS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"],
+    "avx512_bf16": ["-mavx512bf16"],
+    "amx": ["-DTILES"],
 }
 # Pairs of bfloat16 are read as words, which strict aliasing forbids.
 _FLAGS = ["-std=c++17", "-O3", "-fno-strict-aliasing", "-fopenmp", "-fno-exceptions", "-fno-rtti", "-fPIC"]
@@ -42,7 +45,7 @@ def built() -> Iterator[Path]:
     Raises:
         NativeError: A processor without the instructions, no compiler, or one that fails.
     """
-    command = [*shlex.split(os.environ.get("CXX") or "g++"), *_FLAGS, *_instructions()]
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *_FLAGS, *flags()]
     key = hashlib.sha256("\0".join(command + _LINKED).encode())
     for source in _SOURCES + _HEADERS:
         key.update(source.read_bytes())
@@ -56,21 +59,39 @@ def built() -> Iterator[Path]:
         yield path
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies pairs of bfloat16."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+def instructions() -> list[str]:
+    """Those of avx2, avx512, avx512_bf16 and amx that are used here, in this order; none on a processor that is no x86.
 
+    They are those that the processor has and torch uses; `KERNELWAREHOUSE_CPU` names the last one, in place of that.
 
-def _instructions() -> list[str]:
-    if platform.system() != "Linux":
-        raise NativeError(f"it is compiled on Linux, not on {platform.system()}")
-    if platform.machine() == "aarch64":
+    Raises:
+        ValueError: `KERNELWAREHOUSE_CPU` is none of them.
+    """
+    levels = list(_LEVELS)
+    last = os.environ.get("KERNELWAREHOUSE_CPU") or levels[-1]
+    if last not in levels:
+        raise ValueError(f"KERNELWAREHOUSE_CPU is {last!r}, which is none of {', '.join(levels)}")
+    if platform.machine() != "x86_64":
         return []
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in _INSTRUCTIONS:
-        raise NativeError(f"the processor needs {' or '.join(_INSTRUCTIONS)}, and torch found {capability}")
-    pairs, tiles = multiplies_bfloat16(), torch.cpu._is_amx_tile_supported()
-    return _INSTRUCTIONS[capability] + ["-mavx512bf16"] * pairs + ["-DTILES"] * (pairs and tiles)
+    found = {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if found == 2 and torch.cpu._is_avx512_bf16_supported():
+        found = 4 if torch.cpu._is_amx_tile_supported() else 3
+    return levels[: min(found, levels.index(last) + 1)]
+
+
+def flags() -> list[str]:
+    """Those that tell the compiler of the `instructions`.
+
+    Raises:
+        NativeError: Nothing can be compiled for this system or this processor.
+    """
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in ("x86_64", "aarch64"):
+        raise NativeError(f"it is compiled on Linux for x86_64 and aarch64, not on {system} for {machine}")
+    if machine == "x86_64" and not instructions():
+        found = torch.backends.cpu.get_cpu_capability()
+        raise NativeError(f"the processor needs AVX512 or AVX2, and torch found {found}")
+    return [flag for level in instructions() for flag in _LEVELS[level]]
 
 
 def _folder() -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import NativeError, built, multiplies_bfloat16
+from .build import NativeError, built, instructions
 
 _TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 _SUMS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -40,7 +40,7 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"it runs on a CPU, not on {device!r}"
     if dtype not in _TYPES:
         return f"it computes in {', '.join(map(str, _TYPES))}, not in {dtype}"
-    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if dtype == torch.bfloat16 and "avx512_bf16" not in instructions():
         return "the processor has no AVX512-BF16"
     try:
         library()
