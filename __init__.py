@@ -1,23 +1,26 @@
-"""KernelWarehouse: dynamic convolutions for any PyTorch backbone (https://arxiv.org/abs/2406.07879).
+"""Dynamic convolutions for any PyTorch backbone, above all KernelWarehouse (https://arxiv.org/abs/2406.07879).
 
-Importing the package registers the ``kw_*`` models with timm.
+Importing the package registers converted networks such as ``kw_resnet18`` with timm.
 """
 
 from .models import (
     CheckpointError,
     ConfigError,
     ConversionPlan,
-    KWConfig,
     ModelConfig,
     build_model,
     convert_,
-    fold_,
+    create_model,
     load_checkpoint,
+    merge_,
     plan_conversion,
+    plans,
     set_implementation,
     set_temperature,
+    sharing_groups,
     tune,
 )
+from .models.ops.kernel_warehouse import KWConfig
 
 __all__ = [
     "CheckpointError",
@@ -27,10 +30,13 @@ __all__ = [
     "ModelConfig",
     "build_model",
     "convert_",
-    "fold_",
+    "create_model",
     "load_checkpoint",
+    "merge_",
     "plan_conversion",
+    "plans",
     "set_implementation",
     "set_temperature",
+    "sharing_groups",
     "tune",
 ]

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from ..configs.schema import Config, ConfigError, RunConfig
 from .digits import Digits
 from .folders import ClassFolders
+from .images import ClassifiedImages
 from .photographs import Photographs
 from .shards import Shards
 from .transforms import eval_steps, train_steps
@@ -17,7 +17,7 @@ from .transforms import eval_steps, train_steps
 TORCHVISION = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100, "FMNIST": FashionMNIST}
 
 
-def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
+def build_datasets(config: Config) -> tuple[ClassifiedImages, ClassifiedImages]:
     """Return the training and the evaluation images of a run.
 
     Raises:
@@ -34,7 +34,7 @@ def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
     return train, held_out
 
 
-def build_dataset(config: Config, train: bool) -> Dataset:
+def build_dataset(config: Config, train: bool) -> ClassifiedImages:
     """Return one part of the images of a run, transformed for training or for evaluation as far as workers do it.
 
     Args:
@@ -70,7 +70,7 @@ def build_dataset(config: Config, train: bool) -> Dataset:
     return dataset
 
 
-def _torchvision(run: RunConfig, train: bool, transform: Callable[[Any], Any]) -> Dataset:
+def _torchvision(run: RunConfig, train: bool, transform: Callable[[Any], Any]) -> ClassifiedImages:
     try:
         return TORCHVISION[run.data_set](run.data_path, train=train, transform=transform, download=False)
     except RuntimeError as e:

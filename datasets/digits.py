@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -26,14 +27,16 @@ class Digits(Dataset):
         images: All images of this part, (N, 1, 8, 8).
         targets: Their digits, N integers.
         classes: "0" to "9".
+        root: Where they are kept.
     """
 
     classes = tuple("0123456789")
+    root = "scikit-learn"
 
     def __init__(self, train: bool, transform: Callable[[Tensor], Any] | None = None):
         pixels, labels = load_digits(return_X_y=True)
         parts = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
-        pixels, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        pixels, labels = (np.asarray(part) for part in parts[0 if train else 1 :: 2])
         self.images = torch.from_numpy(pixels / 16).float().view(-1, 1, 8, 8)
         self.targets = labels.tolist()
         self.transform = transform

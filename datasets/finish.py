@@ -30,6 +30,13 @@ class Erasable(NamedTuple):
     rectangles: Tensor
 
 
+class Statistics(NamedTuple):
+    """The mean and the standard deviation of each colour over many photographs."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class Finish:
     """Makes what a network takes of what a loader's workers hand on: normalises, erases, and averages colours to grey.
 
@@ -48,7 +55,7 @@ class Finish:
         self.mode, self.grey = config.run.remode, config.model.in_chans == 1
         if config.run.data_set != "DIGITS" and config.model.in_chans not in (1, 3):
             raise ConfigError(f"field 'in_chans': images have 1 or 3 channels, the model takes {config.model.in_chans}")
-        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in statistics(config.run).values())
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in statistics(config.run))
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self.device, self.generator = device, torch.Generator(device)
 
@@ -84,15 +91,15 @@ def viewable(images: Tensor, config: Config) -> Tensor:
     if config.run.data_set == "DIGITS":
         mean, std = torch.tensor([digits.MEAN]), torch.tensor([digits.STD])
     else:
-        mean, std = (torch.tensor(values) for values in statistics(config.run).values())
+        mean, std = (torch.tensor(values) for values in statistics(config.run))
     if images.shape[1] == 1:  # the average of the colours
         mean, std = mean.mean(), std.mean()
     mean, std = (values.to(images.device).view(-1, 1, 1) for values in (mean, std))
     return (images * std + mean).clamp(0, 1)
 
 
-def statistics(run: RunConfig) -> dict[str, tuple[float, ...]]:
+def statistics(run: RunConfig) -> Statistics:
     """Return the mean and the deviation of each colour, by which a run normalises photographs, in units of 255."""
     if run.imagenet_default_mean_and_std:
-        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-    return {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+        return Statistics(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return Statistics(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)

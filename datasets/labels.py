@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..configs.schema import ConfigError
+from .images import ClassifiedImages
 from .photographs import UNLABELLED
 
 
@@ -23,8 +24,8 @@ class Relabelled(Dataset):
         ConfigError: The file does not hold that.
     """
 
-    def __init__(self, dataset: Any, path: str | Path):
-        self.dataset, self.classes = dataset, dataset.classes
+    def __init__(self, dataset: ClassifiedImages, path: str | Path):
+        self.dataset, self.root, self.classes = dataset, dataset.root, dataset.classes
         self.labels = _read(Path(path), len(dataset), len(dataset.classes))
 
     def __len__(self) -> int:

@@ -2,14 +2,15 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ..configs.schema import ConfigError, RunConfig
+from .images import Images
 from .sampling import SeededDataset, TrainSampler
 
 # From the images of a batch, as they are collated, to what the network takes; None leaves them as they are.
@@ -37,27 +38,37 @@ class EvalSampler(Sampler[int]):
         return len(self.indices)
 
 
-class FinishingLoader(DataLoader):
-    """A loader of pairs (images, targets) that finishes the images of each batch in the process that asks for it.
+AnySampler = TypeVar("AnySampler", EvalSampler, TrainSampler)
+
+
+class FinishingLoader(Generic[AnySampler]):
+    """Batches (images, targets) of torch's loader, whose images are finished in the process that asks for them.
 
     Args:
         dataset: Pairs (image, target).
+        sampler: The order in which they come.
+        batch_size: How many make a batch.
         finish: Applied to the images of a batch.
         **kwargs: As for torch's.
     """
 
-    def __init__(self, dataset: Dataset, finish: FinishBatch = None, **kwargs: Any):
-        super().__init__(dataset, **kwargs)
-        self.finish = finish
+    def __init__(self, dataset: Sized, sampler: AnySampler, batch_size: int, finish: FinishBatch = None, **kwargs: Any):
+        self.dataset, self.sampler, self.batch_size, self.finish = dataset, sampler, batch_size, finish
+        # torch asks for its own class, and uses no more of it than any data set has.
+        self.batches = DataLoader(dataset, batch_size, sampler=sampler, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def __len__(self) -> int:
+        """Batches in a whole iteration."""
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for images, targets in super().__iter__():
+        for images, targets in self.batches:
             yield (self.finish(images) if self.finish else images), targets
 
 
 def build_train_loader(
-    dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
-) -> DataLoader:
+    dataset: Images, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
+) -> FinishingLoader[TrainSampler]:
     """Return the loader of training batches of exactly `run.batch_size` images, finished by `finish`.
 
     Call `begin_epoch` before each iteration over it. What is left after the last full batch is dropped.
@@ -74,7 +85,7 @@ def build_train_loader(
     return _loader(SeededDataset(dataset), sampler, run, finish, drop_last=True)
 
 
-def begin_epoch(loader: DataLoader, epoch: int, batches_done: int = 0) -> None:
+def begin_epoch(loader: FinishingLoader[TrainSampler], epoch: int, batches_done: int = 0) -> None:
     """Let the next iteration over a training loader be that epoch's, without the batches that are done already.
 
     These are passed over in the order of the images; none is read or transformed.
@@ -83,20 +94,20 @@ def begin_epoch(loader: DataLoader, epoch: int, batches_done: int = 0) -> None:
 
 
 def build_eval_loader(
-    dataset: Dataset, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
-) -> DataLoader:
+    dataset: Images, run: RunConfig, rank: int = 0, world_size: int = 1, finish: FinishBatch = None
+) -> FinishingLoader[EvalSampler]:
     """Return the loader of this process's share of the evaluation images, finished by `finish`."""
     return _loader(dataset, EvalSampler(len(dataset), rank, world_size), run, finish, drop_last=False)
 
 
 def _loader(
-    dataset: Dataset, sampler: Sampler[int], run: RunConfig, finish: FinishBatch, drop_last: bool
-) -> DataLoader:
+    dataset: Sized, sampler: AnySampler, run: RunConfig, finish: FinishBatch, drop_last: bool
+) -> FinishingLoader[AnySampler]:
     return FinishingLoader(
         dataset,
+        sampler,
+        run.batch_size,
         finish,
-        batch_size=run.batch_size,
-        sampler=sampler,
         num_workers=run.num_workers,
         pin_memory=run.pin_mem and run.device != "cpu" and torch.cuda.is_available(),
         drop_last=drop_last,
@@ -106,6 +117,11 @@ def _loader(
 
 
 def _outlive_signals(_: int) -> None:
-    """Let a worker go on when torchrun or SLURM tell its group to end: the training still finishes its step."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """Let a worker go on when torchrun or SLURM tell its group to end: the training still finishes its step.
+
+    Windows has neither groups nor SIGUSR1, and nobody there who would send it.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

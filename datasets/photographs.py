@@ -1,6 +1,7 @@
 """Encoded images from class folders or shards, decoded; and what becomes of one that cannot be."""
 
 import io
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..configs.schema import ConfigError
@@ -40,9 +41,11 @@ class Source(Protocol):
     classes: tuple[str, ...]
     targets: np.ndarray
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Where a person finds an image."""
 
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """An image as it is stored."""
 
@@ -114,5 +117,5 @@ def decode(data: bytes) -> Tensor:
         Exception: It is damaged; of the decoder's own type.
     """
     if data.startswith(JPEG):
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     return pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))

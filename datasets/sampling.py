@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from .images import Images
+
 
 class Draw(NamedTuple):
     """One image of an epoch.
 
     Attributes:
-        index: Its number in the data set.
+        image: Its number in the data set.
         seed: What its augmentation is drawn from.
     """
 
-    index: int
+    image: int
     seed: int
 
 
@@ -65,7 +67,7 @@ class SeededDataset(Dataset):
     The generators of the process are left as they were, also where the training itself loads the images.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Images):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -75,11 +77,11 @@ class SeededDataset(Dataset):
         """Return the images of a batch."""
         items = []
         with _kept_generators():
-            for index, seed in draws:
+            for image, seed in draws:
                 random.seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002
                 torch.default_generator.manual_seed(seed)
-                items.append(self.dataset[index])
+                items.append(self.dataset[image])
         return items
 
 

@@ -14,7 +14,7 @@ from tarfile import TarFile
 from typing import Any, BinaryIO
 
 import numpy as np
-from webdataset import ShardWriter
+from webdataset.writer import ShardWriter
 
 from ..configs.schema import ConfigError
 from .folders import ClassFolders
@@ -30,10 +30,12 @@ class Shards:
         split: "train" or "val".
 
     Raises:
-        ConfigError: No index, or a shard that is not as the index says.
+        ConfigError: No index, or a shard that is not as the index says; or the system is Windows.
     """
 
     def __init__(self, folder: Path, split: str):
+        if not hasattr(os, "pread"):
+            raise ConfigError("field 'data_set': WDS needs os.pread, which this system lacks; use image_folder there")
         self.root, index = folder, _index_file(folder, split)
         if not index.is_file():
             raise ConfigError(f"field 'data_path': no {index}; scripts/make_shards.py writes it beside the shards")
@@ -109,10 +111,11 @@ def _locate(files: list[Path]) -> dict[str, Any]:
     """Where in which tar file the images are, and their classes."""
     shards, offsets, sizes, targets = [], [], [], []
     for number, file in enumerate(files):
-        with TarFile(file) as tar:
+        with file.open("rb") as stream, TarFile(fileobj=stream) as tar:
             for member in tar:
                 if member.name.endswith(CLASS):
-                    targets.append(int(tar.extractfile(member).read()))
+                    stream.seek(member.offset_data)
+                    targets.append(int(stream.read(member.size)))
                 else:
                     shards.append(number)
                     offsets.append(member.offset_data)

@@ -9,13 +9,14 @@ The embedded digits are tensors of 8×8 pixels, which only a slight affine motio
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
-from timm.data import create_transform, random_erasing
+from timm.data import random_erasing
 from timm.data.auto_augment import AutoAugment, RandAugment, posterize
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import pil_to_tensor
@@ -63,19 +64,22 @@ def train_steps(config: Config) -> Callable[[Any], Tensor | Erasable]:
         move = T.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=T.InterpolationMode.BILINEAR)
         return T.Compose([T.Resize(size), move, T.Normalize(digits.MEAN, digits.STD), erasing, _Repeat(config)])
     augment = None if run.traditional_preprocess else run.aa
+    colours = statistics(run)
     jitter = None if run.traditional_preprocess else (run.color_jitter or None)
     try:
-        _, policy, _ = create_transform(
+        parts = create_transform(
             size,
             is_training=True,
             auto_augment=augment,
-            color_jitter=jitter,
+            color_jitter=jitter,  # pyright: ignore[reportArgumentType] - None is timm's word for none
             interpolation=run.train_interpolation,
             separate=True,
-            **statistics(run),  # policies fill what comes from outside with the mean
+            mean=colours.mean,  # policies fill what comes from outside with it
+            std=colours.std,
         )
     except (AssertionError, KeyError, ValueError, IndexError) as e:
         raise ConfigError(f"field 'aa': timm knows no augmentation policy {run.aa!r} ({e})") from e
+    _, policy, _ = cast("tuple[T.Compose, T.Compose, T.Compose]", parts)
     for step in policy.transforms:
         _replace_operations(step)
     if run.data_set in THUMBNAILS:
@@ -143,7 +147,7 @@ class _Witness:
         self.rectangles: list[tuple[int, int, int, int]] = []
 
     def __setitem__(self, where: tuple[slice, slice, slice], _: Tensor) -> None:
-        _, rows, columns = where
+        rows, columns = where[1:]
         self.rectangles.append((rows.start, rows.stop, columns.start, columns.stop))
 
 

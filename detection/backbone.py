@@ -2,35 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from timm.models import group_parameters
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..configs.schema import ConfigError, load_config
+from ..configs.schema import ConfigError
 from ..models import (
     DEFAULT_KEY,
     build_model,
     find_state_dict,
     load_weights,
     read_checkpoint,
-    remove_unused_warehouses_,
-    upstream_names,
-    warehouse_users,
+    read_config,
+    sharing,
+    translations,
 )
 
 PREFIX = "backbone."
 
 
 @MODELS.register_module()
-class KWBackbone(BaseModule):
-    """A network of `build_model` that gives feature maps, static or converted, at temperature 0.
+class DynamicBackbone(BaseModule):
+    """A network of `build_model` that gives feature maps, static or converted, at the temperature of a trained one.
 
     Its levels are those of timm's `feature_info`: ResNet has five (the stem, then a stage each), MobileNetV2 five,
     ConvNeXt four, a vision transformer one for each block. What no chosen level needs is removed, with the cells that
@@ -52,9 +52,9 @@ class KWBackbone(BaseModule):
         final_features: In place of the last level, return what the network makes of it before pooling (MobileNetV2's
             last convolution, with 1280 channels).
         frozen_stages: Freeze all that makes the levels up to this one, in the numbering of `out_indices`: parameters
-            stay as they are, and norms and stochastic depth are in evaluation mode. A warehouse is frozen with them
-            when only frozen layers mix from it; one that is shared with layers further up keeps learning, so that the
-            frozen layers still mix by their own attention, but from cells that move. −1 freezes nothing.
+            stay as they are, and norms and stochastic depth are in evaluation mode. What they share (the cells of a
+            warehouse) is frozen with them when only frozen layers use it; what layers further up use too keeps
+            learning, so that the frozen layers still mix by their own attention, but from cells that move. −1 freezes nothing.
         norm_eval: Keep all batch norms, those of the attentions too, in evaluation mode; their scale and shift learn.
         drop_path: Rate of stochastic depth, whatever the configuration says about training the classifier.
         with_cp: Recompute activations in the backward pass instead of keeping them.
@@ -83,7 +83,9 @@ class KWBackbone(BaseModule):
     ):
         super().__init__()
         if init_cfg is not None:
-            raise ConfigError(f"field 'init_cfg': KWBackbone takes its weights by 'checkpoint'; found {init_cfg!r}")
+            raise ConfigError(
+                f"field 'init_cfg': {type(self).__name__} takes its weights by 'checkpoint'; found {init_cfg!r}"
+            )
         self.checkpoint = checkpoint
         self.model_key = model_key
         self.norm_eval = norm_eval
@@ -96,8 +98,8 @@ class KWBackbone(BaseModule):
         if final_features:
             channels[-1] = net.num_features
         self.out_channels = tuple(channels)
-        # Names are taken before the pruning: upstream numbers the warehouses of the whole network.
-        self._upstream_names = {theirs: ours for ours, theirs in upstream_names(net).items()}
+        # Names are taken before the pruning: authors number what the whole network has.
+        self._translations = translations(net)
         whole = net.state_dict().keys()
         _prune_(net, self.levels, final_features)
         self._pruned = frozenset(whole - net.state_dict().keys())
@@ -105,7 +107,7 @@ class KWBackbone(BaseModule):
             net.set_grad_checkpointing(True)
         if frozen_stages >= 0:
             _freeze(net, frozen_stages)
-        self.net = net
+        self.net: Any = net
         for level, width in zip(self.levels, self.out_channels, strict=True):
             if out_norm:
                 self.add_module(f"norm{level}", LayerNorm2d(width))
@@ -121,11 +123,12 @@ class KWBackbone(BaseModule):
         norms = [getattr(self, f"norm{level}", nn.Identity()) for level in levels]
         return tuple(norm(x) for norm, x in zip(norms, maps, strict=True))
 
-    def train(self, mode: bool = True) -> "KWBackbone":
+    def train(self, mode: bool = True) -> "DynamicBackbone":
         """Set the mode; what is frozen, and with `norm_eval` every batch norm, stays in evaluation mode."""
         super().train(mode)
+        shared = {self.net.get_parameter(name) for name in sharing(self.net)}
         for module in self.net.modules():
-            parameters = list(module.parameters())
+            parameters = [p for p in module.parameters() if p not in shared]
             frozen = parameters and not any(p.requires_grad for p in parameters)
             if frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
                 module.eval()
@@ -145,40 +148,50 @@ class KWBackbone(BaseModule):
                 self.get_parameter(name).data.copy_(value)
         self._is_init = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept upstream's names too, and nothing that does not fit: mmengine asks for no strictness at all."""
         own = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         norms = self._load(own, "the backbone's part")
         net = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         state_dict.update({prefix + k: v for k, v in {**norms, **net}.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _load(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """Load the network's weights by their names in a classifier or a detector; return those of the output norms."""
         modules = {name for name, _ in self.named_children()} - {"net"}
-        norms = {k: v for k, v in state.items() if k.split(".")[0] in modules and k not in self._upstream_names}
+        authors = {theirs for translation in self._translations for theirs in translation.names.values()}
+        norms = {k: v for k, v in state.items() if k.split(".")[0] in modules and k not in authors}
         state = {k.removeprefix("net."): v for k, v in state.items() if k not in norms}
-        whole = {*self.net.state_dict(), *self._pruned}
-        if sum(k in self._upstream_names for k in state) > sum(k in whole for k in state):
-            state = {self._upstream_names.get(k, k): v for k, v in state.items()}
+        for translation in self._translations:
+            if translation.recognises(state):
+                state = translation.from_authors(state)
+                break
         unused = [k for k in state if k in self._pruned]
-        load_weights(self.net, {k: v for k, v in state.items() if k not in self._pruned}, source=source)
+        used = {k: v for k, v in state.items() if k not in self._pruned}
+        load_weights(self.net, used, source=source, known=())
         if unused:
             some = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             print_log(f"{source}: left out {some}, which the detector does not use", logger="current")
         return norms
 
 
-def _build(config: Mapping[str, Any] | str | Path, fields: dict[str, Any]) -> nn.Module:
+# The name by which configurations of earlier versions ask for it.
+KWBackbone = DynamicBackbone
+MODELS.register_module(name="KWBackbone", module=DynamicBackbone)
+BACKBONES = ("DynamicBackbone", "KWBackbone")
+
+
+# timm's networks have no class in common that would name what they all have; so they are Any here.
+def _build(config: Mapping[str, Any] | str | Path, fields: dict[str, Any]) -> Any:
     net = build_model(config, **fields)
     if getattr(net, "dynamic_img_size", True):
         return net
     # A transformer takes images of one size unless it is told to interpolate its position embedding.
-    model_kwargs = load_config(config, fields).model.model_kwargs
+    model_kwargs = read_config(config, fields).model.model_kwargs
     return build_model(config, **{**fields, "model_kwargs": {**model_kwargs, "dynamic_img_size": True}})
 
 
-def _find_levels(net: nn.Module, indices: Sequence[int], final_features: bool) -> tuple[int, ...]:
+def _find_levels(net: Any, indices: Sequence[int], final_features: bool) -> tuple[int, ...]:
     """The levels that `indices` name, each checked to be there."""
     name = type(net).__name__
     if not all(hasattr(net, a) for a in ("feature_info", "forward_intermediates", "prune_intermediate_layers")):
@@ -199,7 +212,7 @@ def _find_levels(net: nn.Module, indices: Sequence[int], final_features: bool) -
     return levels
 
 
-def _prune_(net: nn.Module, levels: Sequence[int], final_features: bool) -> None:
+def _prune_(net: Any, levels: Sequence[int], final_features: bool) -> None:
     """Remove what the levels do not need."""
     if final_features:
         net.reset_classifier(0, "")
@@ -207,24 +220,24 @@ def _prune_(net: nn.Module, levels: Sequence[int], final_features: bool) -> None
         net.prune_intermediate_layers(list(levels), prune_norm=True, prune_head=True)
         if hasattr(getattr(net, "head", None), "norm"):
             net.head.norm = nn.Identity()  # ConvNeXt's, which older timm leaves
-    if hasattr(net, "warehouses"):
-        remove_unused_warehouses_(net)
 
 
-def _freeze(net: nn.Module, level: int) -> None:
-    """Freeze all that makes the levels up to `level`, and the warehouses that nothing else mixes from."""
+def _freeze(net: Any, level: int) -> None:
+    """Freeze all that makes the levels up to `level`, and what they share with nothing else."""
     if level >= len(net.feature_info):
         raise ConfigError(
             f"field 'frozen_stages': {type(net).__name__} has levels 0 to {len(net.feature_info) - 1}, found {level}"
         )
-    stages = group_parameters(net, net.group_matcher(coarse=True), reverse=True)
+    stages = cast("dict[str, int]", group_parameters(net, net.group_matcher(coarse=True), reverse=True))
     module = f"{net.feature_info[level]['module']}."
     # The level of the stem may name an activation, which has no parameters.
     last = max((stage for name, stage in stages.items() if name.startswith(module)), default=0)
-    users = warehouse_users(net)
+    users = sharing(net)
     for name, parameter in net.named_parameters():
         if name not in users and stages[name] <= last:
             parameter.requires_grad_(False)
-    for cells, layers in users.items():
-        if not any(p.requires_grad for layer in layers for p in net.get_submodule(layer).parameters()):
-            net.get_parameter(cells).requires_grad_(False)
+    shared = {net.get_parameter(name) for name in users}
+    for name, layers in users.items():
+        own = (p for layer in layers for p in net.get_submodule(layer).parameters() if p not in shared)
+        if not any(p.requires_grad for p in own):
+            net.get_parameter(name).requires_grad_(False)

@@ -40,7 +40,7 @@ class PlainArray(np.ndarray):
         _, shape, kind, fortran, data = state
         super().__setstate__((1, shape, kind.dtype, fortran, data))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> str | tuple:
         return np.asarray(self).__reduce__()
 
 
@@ -61,17 +61,16 @@ def _statistics_method(owner: object, name: str) -> Callable[..., Any]:
 
 def admit_logs() -> None:
     """Let torch.load read the logs in mmengine's checkpoints."""
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            PlainArray,
-            (PlainType, "numpy.dtype"),
-            (None, "numpy.ndarray"),  # named, and not used
-            (_statistics_method, "builtins.getattr"),
-            *((_rebuild_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),  # numpy 1 and 2
-            *((_rebuild_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-        ]
-    )
+    admitted: list[Any] = [
+        HistoryBuffer,
+        PlainArray,
+        (PlainType, "numpy.dtype"),
+        (None, "numpy.ndarray"),  # named, and not used
+        (_statistics_method, "builtins.getattr"),
+        *((_rebuild_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),  # numpy 1 and 2
+        *((_rebuild_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
+    torch.serialization.add_safe_globals(admitted)
 
 
 def guard_loaders() -> None:
@@ -79,7 +78,7 @@ def guard_loaders() -> None:
 
     Its loaders raise CheckpointError from then on.
     """
-    checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)
+    checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)  # pyright: ignore[reportCallIssue] - torch's
     load = checkpoint.CheckpointLoader.load_checkpoint
 
     @wraps(load)

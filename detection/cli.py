@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 from ..configs.schema import ConfigError
 from ..configs.schema.fields import reject_unknown
 from ..models import CheckpointError
-from .backbone import KWBackbone
+from .backbone import DynamicBackbone
 from .bridge import MissingOperatorError
 
 
@@ -71,6 +71,9 @@ def read_config(options: argparse.Namespace) -> Config:
         config.merge_from_dict(options.cfg_options)
     if options.data_root:
         set_data_root(config, options.data_root)
+    paramwise = config.get("optim_wrapper", {}).get("paramwise_cfg")
+    if paramwise is not None and "constructor" not in config.optim_wrapper:
+        paramwise.setdefault("bypass_duplicate", True)  # of what layers of the backbone share
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get("work_dir") or str(Path("work_dirs") / path.stem)
     return config
@@ -88,10 +91,11 @@ def check_keys(config: Config, keys: Mapping[str, Any]) -> None:
     for key in keys:
         node: Any = config
         for part in key.split("."):
-            if isinstance(node, list | tuple) and part.isdigit() and int(part) < len(node):
-                node = node[int(part)]
+            items = _items(node)
+            if part.isdigit() and int(part) < len(items):
+                node = items[int(part)]
                 continue
-            known = list(node.keys()) if hasattr(node, "keys") else []
+            known = list(getattr(node, "keys", list)())
             if node is config:
                 known += inspect.signature(Runner).parameters
             if part in known and part in node:
@@ -100,6 +104,11 @@ def check_keys(config: Config, keys: Mapping[str, Any]) -> None:
             if part not in known and "type" not in known:
                 reject_unknown([part], known or ["0"], f"--cfg-options {key}")
             break
+
+
+def _items(node: Any) -> Sequence[Any]:
+    """What a list of a configuration holds; nothing for anything else."""
+    return node if isinstance(node, list | tuple) else ()
 
 
 def set_data_root(config: Config, folder: str) -> None:
@@ -156,7 +165,7 @@ def build_runner(config: Config) -> Runner:
         runner = Runner.from_cfg(config)
     model = unwrap(runner.model)
     backbone, widths = getattr(model, "backbone", None), getattr(getattr(model, "neck", None), "in_channels", None)
-    if isinstance(backbone, KWBackbone) and widths is not None and list(widths) != list(backbone.out_channels):
+    if isinstance(backbone, DynamicBackbone) and widths is not None and list(widths) != list(backbone.out_channels):
         raise ConfigError(
             f"field 'model.neck.in_channels': {list(widths)}, but the levels {backbone.levels} of 'out_indices' of the "
             f"backbone have the channels {list(backbone.out_channels)}"
@@ -181,16 +190,16 @@ def build_loops(runner: Runner, *loops: str) -> None:
         if isinstance(name, str) and name not in OPTIMIZERS:
             raise ConfigError(f"field 'optim_wrapper.optimizer.type': mmengine has no optimizer {name!r}")
         with _one_line(f"{path}: cannot be built"):
-            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model within DistributedDataParallel or another wrapper."""
-    return model.module if is_model_wrapper(model) else model
+    return model.get_submodule("module") if is_model_wrapper(model) else model
 
 
 @contextmanager
-def _one_line(what: str) -> Any:
+def _one_line(what: str) -> Iterator[None]:
     """Turn what mmengine and mmdet raise for a configuration into a `ConfigError` that names it."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -10,12 +11,12 @@ from torch import nn
 from ..configs.schema import ConfigError
 from ..configs.schema.fields import reject_unknown
 from ..engine.optim import parameter_layers
-from .backbone import KWBackbone
+from .backbone import DynamicBackbone
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """Let each layer of a `KWBackbone` learn slower than the one above it; biases, norms and tokens do not decay.
+    """Let each layer of a `DynamicBackbone` learn slower than the one above it; biases, norms and tokens do not decay.
 
     Layers are counted as by the engine that trains classifiers (`parameter_layers`): 0 is the stem, and each block of
     the backbone is one layer; cells count to the last layer that mixes from them. Neck, heads and output norms are the
@@ -27,7 +28,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     num_layers=6))``; frozen parameters are left out.
 
     Raises:
-        ConfigError: No `layer_decay` or `lr`, one out of range, an unknown field, or no `KWBackbone` in the model.
+        ConfigError: No `layer_decay` or `lr`, one out of range, an unknown field, or no `DynamicBackbone` in the model.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -42,13 +43,13 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ConfigError("field 'optim_wrapper.optimizer.lr': LayerDecayConstructor needs one to scale")
 
-    def add_params(self, params: list[dict], module: nn.Module, **_) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, *_: Any, **__: Any) -> None:
         """Add the groups of all trainable parameters of `module` to `params`."""
         decay, folded = self.paramwise_cfg["layer_decay"], self.paramwise_cfg.get("num_layers")
         layers: dict[str, float] = {}
         exempt = set()
         for prefix, backbone in module.named_modules():
-            if isinstance(backbone, KWBackbone):
+            if isinstance(backbone, DynamicBackbone):
                 own = parameter_layers(backbone.net)
                 depth = max(own.values())
                 count = folded or depth
@@ -57,7 +58,9 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
                 layers |= {root + name: count + 1 - math.ceil(layer * count / depth) for name, layer in own.items()}
                 exempt |= {root + name for name in getattr(backbone.net, "no_weight_decay", set)()}
         if not layers:
-            raise ConfigError(f"LayerDecayConstructor: {type(module).__name__} holds no KWBackbone to count layers in")
+            raise ConfigError(
+                f"LayerDecayConstructor: {type(module).__name__} holds no DynamicBackbone to count layers in"
+            )
         groups = defaultdict(list)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

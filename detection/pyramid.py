@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 

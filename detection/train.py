@@ -18,8 +18,10 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from mmengine.config import Config
 
-from kernelwarehouse.configs.schema import ConfigError, load_config
+from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.detection.backbone import BACKBONES
 from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run
+from kernelwarehouse.models import read_config as read_model_config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,8 +60,8 @@ def _apply(options: argparse.Namespace, config: Config) -> None:
     """Put the options of training into the configuration."""
     backbone = config.model.get("backbone", {})
     if options.checkpoint:
-        if backbone.get("type") != "KWBackbone":
-            raise ConfigError(f"--checkpoint: {config.filename} has no KWBackbone to load it; use --cfg-options")
+        if backbone.get("type") not in BACKBONES:
+            raise ConfigError(f"--checkpoint: {config.filename} has no DynamicBackbone to load it; use --cfg-options")
         backbone.checkpoint = options.checkpoint
     if backbone.get("checkpoint") and not Path(backbone.checkpoint).is_file():
         raise ConfigError(f"field 'model.backbone.checkpoint': no such file: {backbone.checkpoint}")
@@ -82,9 +84,9 @@ def _check_frozen(config: Config) -> None:
     backbone = config.model.get("backbone", {})
     continues = config.get("resume") and (Path(config.work_dir) / "last_checkpoint").is_file()
     starts = backbone.get("checkpoint") or config.get("load_from") or continues
-    if backbone.get("type") != "KWBackbone" or backbone.get("frozen_stages", -1) < 0 or starts:
+    if backbone.get("type") not in BACKBONES or backbone.get("frozen_stages", -1) < 0 or starts:
         return
-    if not load_config(backbone.config, backbone.get("overrides")).model.pretrained:
+    if not read_model_config(backbone.config, backbone.get("overrides")).model.pretrained:
         raise ConfigError(
             "field 'model.backbone.frozen_stages': would freeze layers that were never trained; pass --checkpoint "
             "FILE, or --cfg-options model.backbone.frozen_stages=-1 to train all of them from scratch"

@@ -17,7 +17,7 @@ NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
 # The end of a zip archive is the length of its comment, in two bytes, and the comment: here a sum of all before it.
 DIGEST = hashlib.sha256().digest_size
 NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
-REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "temperature", "config", "processes"}
+REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "config", "processes"}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -40,11 +40,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise SaveError(f"{path}: could not be written, and is as it was before: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is only durable once its folder is
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps names in a journal
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # the new name is only durable once its folder is
+        finally:
+            os.close(folder)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _numbered(folder: str | Path) -> list[Path]:
     """The checkpoints of epochs and steps, the newest first."""
     names = {p: NAME.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*.pth")}
     ages = {p: (int(m[1]), float(m[2] or "inf")) for p, m in names.items() if m}
-    return sorted(ages, key=ages.get, reverse=True)
+    return sorted(ages, key=ages.__getitem__, reverse=True)
 
 
 def _seal(file: BinaryIO) -> None:

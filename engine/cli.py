@@ -1,12 +1,14 @@
 """The command line: one option for each field of a configuration."""
 
 import argparse
+import importlib
 import json
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from ..configs.schema import Config, ConfigError, field_help, known_fields, load_config
-from ..configs.schema.fields import reject_unknown
+from ..configs.schema import Config, ConfigError, Fields, chosen_operator, field_help, known_fields
+from ..configs.schema.fields import read_fields, reject_unknown
+from ..models import SCHEMAS, operator_names, read_config
 from .signals import EXIT_INTERRUPTED
 
 STATUS = (
@@ -26,26 +28,64 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         ConfigError: An option that is no field (the nearest one is named), or a value that a field refuses.
         SystemExit: After `--help`, or for an option without a value.
     """
-    options, unknown = build_parser().parse_known_args(arguments)
+    operator = _operator(arguments)
+    options, unknown = build_parser(operator).parse_known_args(arguments)
     if unknown:
         if unknown[0].startswith("--"):
             name = unknown[0].removeprefix("--").partition("=")[0]
-            reject_unknown([name], [*known_fields(), "kw_config"], "command line")
+            # Fields of other operators are for `read_config` to explain.
+            others = [] if operator else [field for other in operator_names() for field in known_fields(SCHEMAS[other])]
+            reject_unknown([name], [*known_fields(operator), *others, "kw_config", "import"], "command line")
+            raise ConfigError(
+                f"command line: --{name} is a field of an operator, and no model with one was named before it"
+            )
         raise ConfigError(f"command line: unexpected argument {unknown[0]!r}")
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     # One word is itself: a single ratio holds for all warehouses, a list has one for each.
     given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
-    return load_config(given.pop("kw_config", {}), given)
+    given.pop("import", None)
+    return read_config(given.pop("kw_config", {}), given)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return a parser whose values are still strings, or absent: `load_config` knows their types and defaults."""
-    parser = argparse.ArgumentParser(description="Train or evaluate a network.", epilog=STATUS, allow_abbrev=False)
+def _operator(arguments: Sequence[str] | None) -> type[Fields] | None:
+    """Import what the command line asks for, and find the fields of the operator that it or its file chooses."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("kw_config", "model", "operator"):
+        first.add_argument(f"--{name}")
+    first.add_argument("--import", action="append", default=[])
+    options = vars(first.parse_known_args(arguments)[0])
+    for module in options.pop("import"):
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            raise ConfigError(f"command line: --import {module}: {e}") from e
+    file = options.pop("kw_config")
+    fields = read_fields(file) if file else {}
+    fields |= {name: value for name, value in options.items() if value is not None}
+    name = chosen_operator(fields, SCHEMAS)
+    return SCHEMAS[name] if name else None
+
+
+def build_parser(operator: type[Fields] | None = None) -> argparse.ArgumentParser:
+    """Return a parser whose values are still strings, or absent: `read_config` knows their types and defaults.
+
+    Args:
+        operator: The fields of the operator that was chosen; None for a static network.
+    """
+    names = ", ".join(operator_names())
+    chosen = f"Operators: {names}; the fields of one are shown by --operator NAME --help, or by a model or file of it."
+    parser = argparse.ArgumentParser(
+        description="Train or evaluate a network.", epilog=f"{STATUS} {chosen}", allow_abbrev=False
+    )
     parser.add_argument("--kw_config", metavar="FILE", help="JSON or YAML file whose fields the other options override")
-    for owner in sorted(set(known_fields().values()), key=lambda cls: cls.__name__):
+    parser.add_argument(
+        "--import", action="append", metavar="MODULE", help="Python module that registers further operators"
+    )
+    known = known_fields(operator)
+    for owner in sorted(set(known.values()), key=lambda cls: cls.__name__):
         group = parser.add_argument_group(owner.__name__.removesuffix("Config").lower())
         descriptions, hints = field_help(owner), get_type_hints(owner)
-        for name in (n for n, cls in known_fields().items() if cls is owner):
+        for name in (n for n, cls in known.items() if cls is owner):
             names = ["--local_rank", "--local-rank"] if name == "local_rank" else [f"--{name}"]
             group.add_argument(*names, help=descriptions[name].replace("%", "%%"), **_arity(hints[name]))
     return parser

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..models import conversion_plan
+from ..models import plans
 from .amp import autocast
 from .optim import build_optimizer
 from .state import Training
@@ -26,7 +26,6 @@ def describe(training: Training) -> str:
     The weights of `training` stay as they are; its normalisation statistics do not.
     """
     run, schedule, model = training.run, training.schedule, training.model
-    plan = conversion_plan(model)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     seconds, saved = _try_micro_batch(training)
@@ -38,7 +37,7 @@ def describe(training: Training) -> str:
     epoch = seconds * schedule.iterations_per_epoch
     batch = run.batch_size * run.update_freq * training.world.size
     lines = [
-        str(plan) if plan else f"{training.config.model.model} is static: nothing is converted",
+        "\n\n".join(map(str, plans(model))) or f"{training.config.model.model} is static: nothing is converted",
         json.dumps(training.config.to_fields(), indent=4),
         f"parameters: {sum(p.numel() for p in parameters):,}, of which {trained:,} are trained",
         f"total batch: {batch} = {run.batch_size} images × {run.update_freq} micro-batches × {training.world.size} "
@@ -66,14 +65,17 @@ def _try_micro_batch(training: Training) -> tuple[float, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    training.model.train()
-    for _ in range(2):  # the first also prepares the device
+    def forward_and_backward() -> float:
         start = _now(device)
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(run, device):
             loss = training.model(images).float().square().mean()
         loss.backward()
-        seconds = _now(device) - start
+        return _now(device) - start
+
+    training.model.train()
+    forward_and_backward()  # prepares the device
+    seconds = forward_and_backward()
     training.optimizer.zero_grad()
     return seconds * run.batch_size / count, sum(kept.values()) * run.batch_size // count
 

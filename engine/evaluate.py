@@ -5,16 +5,19 @@ An image may have several acceptable labels, or none; one without is left out.
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..configs.schema import ConfigError, RunConfig
 from .amp import autocast
 from .distributed import World
+
+# Images (B, C, H, W) and class indices (B,), or (B, L) with several acceptable ones filled up with −1.
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Predictions:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, run: RunConfig, world: World) -> Metrics:
+def evaluate(model: nn.Module, loader: Batches, run: RunConfig, world: World) -> Metrics:
     """Evaluate `model`, at the temperature it has, on what the loaders of all processes give together.
 
     Args:
@@ -75,7 +78,7 @@ def evaluate(model: nn.Module, loader: DataLoader, run: RunConfig, world: World)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader: DataLoader, run: RunConfig, world: World) -> tuple[Metrics, Predictions]:
+def predict(model: nn.Module, loader: Batches, run: RunConfig, world: World) -> tuple[Metrics, Predictions]:
     """Evaluate as `evaluate` does, and keep the predictions of all processes, which each of them returns.
 
     Args:
@@ -94,23 +97,30 @@ def predict(model: nn.Module, loader: DataLoader, run: RunConfig, world: World) 
     parts = world.gather([torch.cat(batches) for batches in zip(*found, strict=True)])
     columns = []
     for column in zip(*filter(None, parts), strict=True):  # without processes that had no images
-        rows = column[0].new_empty(len(loader.dataset), column[0].shape[1])
+        rows = column[0].new_empty(sum(map(len, column)), column[0].shape[1])
         for rank, part in enumerate(column):
             rows[rank :: world.size] = part
         columns.append(rows)
     return _metrics(world.reduce(sums), start), Predictions(*columns)
 
 
+@runtime_checkable
+class _Resizable(Protocol):
+    """A network of timm's that is made for one size of image."""
+
+    def set_input_size(self, img_size: int) -> None: ...
+
+
 def at_size(model: nn.Module, size: int) -> nn.Module:
     """Return `model` for images of that side: a copy where it depends on it, as one with position embeddings does."""
-    if not hasattr(model, "set_input_size"):
+    if not isinstance(model, _Resizable):
         return model
     model = copy.deepcopy(model)
     model.set_input_size(img_size=size)
     return model
 
 
-def _outputs(model: nn.Module, loader: DataLoader, run: RunConfig, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _outputs(model: nn.Module, loader: Batches, run: RunConfig, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """The logits (B, C) and labels (B, L) of each batch."""
     model.eval()
     for images, targets in loader:

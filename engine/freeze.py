@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..configs.schema import ConfigError
-from ..models import warehouse_users
+from ..models import dynamic_layers, shared_labels, sharing
 
 
 def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> None:
     """Exclude parameters from training.
 
-    Cells that several layers share are frozen when a pattern names them, or when all parameters of every layer that
-    mixes from them are frozen.
+    What layers share goes by the plan and not by the place where it is saved: it is frozen when a pattern is the name that
+    the plan gives it, such as stage1_layer_conv, or when all other parameters of every layer that uses it are frozen.
 
     Args:
         model: Changed in place.
@@ -23,19 +23,22 @@ def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> None:
         ConfigError: No regular expression, one that matches nothing, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
+    labels = shared_labels(model)
+    own = {labels.get(name, name): parameter for name, parameter in parameters.items()}
     for pattern in patterns:
         try:
-            named = [name for name in parameters if re.fullmatch(pattern, name)]
+            named = [name for name in own if re.fullmatch(pattern, name)]
         except re.error as e:
             raise ConfigError(f"field 'freeze': {pattern!r} is no regular expression: {e}") from e
         if not named:
-            raise ConfigError(f"field 'freeze': {pattern!r} matches no parameter, such as {next(iter(parameters))!r}")
+            raise ConfigError(f"field 'freeze': {pattern!r} matches no parameter, such as {next(iter(own))!r}")
         for name in named:
-            parameters[name].requires_grad_(False)
-    for cells, users in warehouse_users(model).items():
-        of_users = [p for user in users for p in model.get_submodule(user).parameters()]
+            own[name].requires_grad_(False)
+    layers = dynamic_layers(model)
+    for shared, users in sharing(model).items():
+        of_users = [p for user in users for p in layers[user].parameters() if p is not parameters[shared]]
         if not any(p.requires_grad for p in of_users):
-            parameters[cells].requires_grad_(False)
+            parameters[shared].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
         raise ConfigError("field 'freeze': the patterns freeze every parameter; leave some to train")
 

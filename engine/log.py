@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,11 @@ from tqdm import tqdm
 from ..configs.schema import ConfigError, RunConfig
 from .distributed import World
 from .outputs import writing
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Without a terminal, a line on the progress within an epoch appears at most this often, in seconds.
 LINE_EVERY = 30.0
@@ -77,7 +81,7 @@ class Progress:
         now = time.monotonic()
         rate = (self.done - self.before) * self.batch_size / max(now - self.start, 1e-9)
         text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        text += f", {rate:.0f} images/s, {_memory() / 2**30:.1f} GiB"
+        text += f", {rate:.0f} images/s, {_memory()}"
         self.bar.set_postfix_str(text)
         if self.bar.disable and now - self.last_line > LINE_EVERY:
             left = (self.total - self.done) * self.batch_size / max(rate, 1e-9)
@@ -179,12 +183,15 @@ def _wandb() -> ModuleType:
         raise ConfigError(f"field 'enable_wandb': {e}; pip install wandb, or leave --enable_wandb out") from e
 
 
-def _memory() -> int:
-    """Most memory that the process has used so far, in bytes: the GPU's where it has one."""
+def _memory() -> str:
+    """Most memory that the process has used so far: the GPU's where it has one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        size = torch.cuda.max_memory_allocated()
+    elif resource is None:
+        return "memory unknown (this Python has no module resource)"
+    else:
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{size / 2**30:.1f} GiB"
 
 
 def say(text: str) -> None:

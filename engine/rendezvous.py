@@ -7,7 +7,7 @@ for them or fails (pytorch/pytorch#135712). Its count of restarts is no remedy, 
 import time
 from uuid import uuid4
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] - documented there
 from torch.distributed.rendezvous import rendezvous
 
 
@@ -38,7 +38,7 @@ def agree(store: Store, rank: int, size: int) -> str:
         word = store.get(f"answer/{name}").decode()
         store.set(f"thanks/{word}/{rank}", "")
         return word
-    end = time.monotonic() + store.timeout.total_seconds()
+    end = time.monotonic() + store.timeout.total_seconds()  # pyright: ignore[reportAttributeAccessIssue] - not in the stub
     for other in range(1, size):
         while not store.check([f"thanks/{name}/{other}"]):
             store.set(f"answer/{store.get(f'question/{other}').decode()}", name)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import random_seed
+from timm.utils.random import random_seed
 
 
 def seed_generators(*entropy: int) -> None:
@@ -16,10 +16,11 @@ def seed_generators(*entropy: int) -> None:
 def generator_states() -> dict[str, Any]:
     """Return the state of every generator that training draws from, in plain values and tensors."""
     version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - mixup draws from it
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - mixup draws from it
+    twister = numpy["state"]
     states = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [numpy["bit_generator"], twister["key"].tolist(), twister["pos"], numpy["has_gauss"], numpy["gauss"]],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -5,21 +5,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.utils import random_seed
+from timm.utils.random import random_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..configs.schema import Config, ConfigError
 from ..datasets import (
+    EvalSampler,
     Finish,
+    FinishingLoader,
     Relabelled,
+    TrainSampler,
     build_dataset,
     build_datasets,
     build_eval_loader,
     build_train_loader,
     viewable,
 )
-from ..models import build_model, load_checkpoint, load_content, read_checkpoint, set_temperature
+from ..models import build_model, load_checkpoint
 from .distributed import World
 from .dry_run import describe
 from .evaluate import Metrics, at_size, evaluate, predict
@@ -32,6 +34,9 @@ from .signals import heed_signals
 from .state import NonFiniteLossError, Training
 from .train import train_epoch
 from .tuning import tune_for
+
+TrainLoader = FinishingLoader[TrainSampler]
+EvalLoader = FinishingLoader[EvalSampler]
 
 
 def evaluate_run(config: Config, world: World) -> Metrics:
@@ -53,39 +58,33 @@ def evaluate_run(config: Config, world: World) -> Metrics:
     loaders = {size: _eval_loader(sized, world) for size, sized in configs.items()}
     model = _build(config)
     if run.resume:
-        content = read_checkpoint(run.resume)
-        load_content(model, content, run.model_key, source=run.resume)
-        # Ours say at which temperature the weights were trained last; every other file is taken as trained to the end.
-        set_temperature(model, content.get("temperature", 0.0))
-    model, parameters = model.to(world.device), parameter_count(model)
+        load_checkpoint(model, run.resume, run.model_key)
+    model = model.to(world.device)
     if run.channels_last:
         model = model.to(memory_format=torch.channels_last)
     with RunLog(run, world) as log:
-        for size, loader in loaders.items():
-            network = at_size(model, size)
-            if run.tune:
-                tune_for(network, configs[size], world, training=False)
-            metrics, predictions = predict(network, loader, run, world)
-            rate = metrics.images / metrics.seconds
-            log.keep(
-                "eval.json",
-                {
-                    "checkpoint": run.resume,
-                    "n_parameters": parameters,
-                    "images_per_second": rate,
-                    "input_size": size,
-                    **vars(metrics),
-                },
-            )
-            left_out = f", {metrics.unlabelled} left out without a label" if metrics.unlabelled else ""
-            log.say(
-                f"{config.model.model}: {parameters:,} parameters, {metrics.images} images of {size} pixels{left_out}, "
-                f"{rate:.0f} images/s"
-            )
-            log.say(str(metrics))
-            say_corrupt(loader.dataset, world, log)
-            if world.is_main:
-                write_reports(run, loader.dataset, predictions)
+        return [_evaluate_size(model, configs[size], loader, world, log) for size, loader in loaders.items()][-1]
+
+
+def _evaluate_size(model: nn.Module, config: Config, loader: EvalLoader, world: World, log: RunLog) -> Metrics:
+    """Evaluate `model` on images of one size; print and write the result."""
+    run, size, parameters = config.run, config.model.input_size, parameter_count(model)
+    network = at_size(model, size)
+    if run.tune:
+        tune_for(network, config, world, training=False)
+    metrics, predictions = predict(network, loader, run, world)
+    rate = metrics.images / metrics.seconds
+    fields = {"checkpoint": run.resume, "n_parameters": parameters, "images_per_second": rate, "input_size": size}
+    log.keep("eval.json", {**fields, **vars(metrics)})
+    left_out = f", {metrics.unlabelled} left out without a label" if metrics.unlabelled else ""
+    log.say(
+        f"{config.model.model}: {parameters:,} parameters, {metrics.images} images of {size} pixels{left_out}, "
+        f"{rate:.0f} images/s"
+    )
+    log.say(str(metrics))
+    say_corrupt(loader.dataset, world, log)
+    if world.is_main:
+        write_reports(run, loader.dataset, predictions)
     return metrics
 
 
@@ -134,7 +133,7 @@ def dry_run(config: Config, world: World) -> None:
         say(text)
 
 
-def _prepare(config: Config, world: World) -> tuple[Training, DataLoader, DataLoader | None, Path | None]:
+def _prepare(config: Config, world: World) -> tuple[Training, TrainLoader, EvalLoader | None, Path | None]:
     """Make all that a training needs, where a checkpoint left it; also return that checkpoint's path."""
     found = find_checkpoint(config.run)
     if found:
@@ -161,13 +160,13 @@ def _prepare(config: Config, world: World) -> tuple[Training, DataLoader, DataLo
 
 
 def fit(
-    training: Training, train_loader: DataLoader, eval_loader: DataLoader | None, log: RunLog, keeper: Keeper
+    training: Training, train_loader: TrainLoader, eval_loader: EvalLoader | None, log: RunLog, keeper: Keeper
 ) -> None:
     """Train the epochs that are left; evaluate (where there is a loader for it), record and save after each."""
     run, world, schedule = training.run, training.world, training.schedule
     while training.epoch < run.epochs:
         epoch = training.epoch
-        was_annealing = schedule.temperature(epoch * schedule.iterations_per_epoch) > 0
+        was_annealing = schedule.anneals_at(epoch * schedule.iterations_per_epoch)
         training.begin_epoch()
         batch, done = run.batch_size * world.size, training.iteration
         see = partial(_show_inputs, training, log) if log.writer and run.log_images else None
@@ -176,7 +175,7 @@ def fit(
                 figures = train_epoch(training, train_loader, progress, keeper)
             training.end_epoch()
             training.set_temperature()
-            if was_annealing and training.temperature == 0:
+            if was_annealing and not schedule.anneals_at(training.iterations):
                 training.best.clear()  # accuracies at a temperature that the trained network does not have
             record = {"epoch": epoch, "n_parameters": parameter_count(training.model)}
             record |= {f"train_{name}": value for name, value in figures.items()}
@@ -189,7 +188,7 @@ def fit(
             raise NonFiniteLossError(f"{e}; {newest}") from e
 
 
-def evaluate_epoch(training: Training, loader: DataLoader, record: dict[str, float]) -> list[str]:
+def evaluate_epoch(training: Training, loader: EvalLoader, record: dict[str, float]) -> list[str]:
     """Evaluate the model, and its moving average if that is asked for; return which of them are better than ever."""
     models: dict[str, nn.Module] = {"model": training.model}
     if training.ema is not None and training.run.model_ema_eval:
@@ -215,7 +214,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _eval_loader(config: Config, world: World) -> DataLoader:
+def _eval_loader(config: Config, world: World) -> EvalLoader:
     dataset = build_dataset(config, train=False)
     if config.run.eval_labels:
         dataset = Relabelled(dataset, config.run.eval_labels)

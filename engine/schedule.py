@@ -1,11 +1,14 @@
 """Learning rate, weight decay and temperature as pure functions of how far the training is."""
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 
 from ..configs.schema import ConfigError, RunConfig
+from ..models import Anneal
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,7 @@ class Schedule:
         peak_lr: Highest learning rate.
         min_lr: Where the cosine ends.
         weight_decay: Weight decay at the start, and its end.
-        anneal_iterations: Iterations over which the temperature falls linearly to 0.
-        peak_temperature: Where the temperature starts.
+        anneals: How the temperature of each operator changes, by its name.
     """
 
     iterations_per_epoch: int
@@ -31,15 +33,15 @@ class Schedule:
     peak_lr: float
     min_lr: float
     weight_decay: tuple[float, float]
-    anneal_iterations: float
-    peak_temperature: float
+    anneals: Mapping[str, Anneal]
 
     @classmethod
-    def build(cls, run: RunConfig, iterations_per_epoch: int) -> "Schedule":
-        """Return the schedule of `run` for epochs of that many micro-batches.
+    def build(cls, run: RunConfig, iterations_per_epoch: int, anneals: Mapping[str, Anneal]) -> "Schedule":
+        """Return the schedule of `run` for epochs of that many micro-batches, and for operators with these temperatures.
 
         Raises:
-            ConfigError: A warm-up longer than the run.
+            ConfigError: A warm-up or a change of the temperature that is longer than the run, or a temperature that an
+                operator cannot have.
         """
         steps_per_epoch = math.ceil(iterations_per_epoch / run.update_freq)
         total = run.epochs * steps_per_epoch
@@ -58,8 +60,7 @@ class Schedule:
             peak_lr=run.lr,
             min_lr=run.min_lr,
             weight_decay=(run.weight_decay, run.weight_decay if (end := run.weight_decay_end) is None else end),
-            anneal_iterations=run.temp_epoch * iterations_per_epoch,
-            peak_temperature=run.temp_init_value,
+            anneals={name: _fitted(anneal, run, name) for name, anneal in anneals.items()},
         )
 
     def lr(self, step: int) -> float:
@@ -74,11 +75,17 @@ class Schedule:
         start, end = self.weight_decay
         return _cosine(start, end, step / self.total_steps) if start != end else start
 
-    def temperature(self, iteration: int) -> float:
-        """Return the temperature of micro-batch number `iteration`, counted from 1 over all epochs."""
-        if iteration >= self.anneal_iterations:
-            return 0.0
-        return self.peak_temperature * (1 - iteration / self.anneal_iterations)
+    def temperatures(self, iteration: int) -> dict[str, float]:
+        """Return each operator's temperature at micro-batch number `iteration`, counted from 1 over all epochs."""
+        epochs = iteration / self.iterations_per_epoch
+        return {
+            name: anneal.value(epochs / anneal.epochs if anneal.epochs else 1.0, int(epochs))
+            for name, anneal in self.anneals.items()
+        }
+
+    def anneals_at(self, iteration: int) -> bool:
+        """Whether a temperature is not yet at its end there."""
+        return any(value != self.anneals[name].end for name, value in self.temperatures(iteration).items())
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -92,6 +99,30 @@ def set_weight_decay(optimizer: Optimizer, decay: float) -> None:
     for group in optimizer.param_groups:
         if group["decays"]:
             group["weight_decay"] = decay
+
+
+def _fitted(anneal: Anneal, run: RunConfig, operator: str) -> Anneal:
+    """The change of a temperature as a run wants it: unset, it takes the paper's length or a third of the run."""
+    if run.temp_epoch is not None and run.temp_epoch > run.epochs:
+        raise ConfigError(
+            f"field 'temp_epoch': the temperature of {operator} would not reach its end, {anneal.end:g}, within 'epochs', "
+            f"{run.epochs}; found {run.temp_epoch:g}: pass a smaller --temp_epoch, or leave it unset"
+        )
+    epochs = min(anneal.epochs, run.epochs / 3) if run.temp_epoch is None else run.temp_epoch
+    if epochs > 0.9 * run.epochs:
+        warnings.warn(
+            f"field 'temp_epoch': the temperature of {operator} reaches its end after {epochs:g} of {run.epochs} epochs "
+            "('epochs'), when the learning rate is nearly gone: the network will hardly learn to do without it",
+            stacklevel=2,
+        )
+    low, high = anneal.limits
+    if run.temp_init_value is not None and not low <= run.temp_init_value <= high:
+        raise ConfigError(
+            f"field 'temp_init_value': the temperature of {operator} must be between {low:g} and {high:g}, found "
+            f"{run.temp_init_value:g}"
+        )
+    start = anneal.start if run.temp_init_value is None else run.temp_init_value
+    return replace(anneal, start=start, epochs=epochs)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

@@ -7,7 +7,8 @@ from types import FrameType
 
 # sysexits.h: a temporary failure, the user is invited to try again.
 EXIT_INTERRUPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1, nor anything that would send it.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - an ending, like KeyboardInterrupt

@@ -2,24 +2,24 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
+from timm.data.mixup import Mixup
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..configs.schema import Config, ConfigError, RunConfig
-from ..models import CheckpointError, conversion_plan, set_temperature, warehouse_users
+from ..models import CheckpointError, anneals, load_weights, plans, set_temperature
 from ..models.tuning import recall, tuned_layers
 from .amp import grad_scaler
 from .distributed import World
 from .freeze import freeze_parameters
-from .optim import build_optimizer
+from .optim import build_optimizer, optimizer_state_for
 from .rng import generator_states, restore_generators, seed_generators
 from .schedule import Schedule
 
@@ -81,12 +81,12 @@ class Training:
             model = synchronise_norms(model, world.device)
         if run.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        schedule = Schedule.build(run, iterations_per_epoch)
-        if not warehouse_users(model):  # a static network has no temperature
-            schedule = replace(schedule, anneal_iterations=0)
+        schedule = Schedule.build(run, iterations_per_epoch, anneals(model))
         training = cls(
             model=model,
-            parallel=world.wrap(torch.compile(model) if run.compile else model, run.update_freq == 1),
+            parallel=world.wrap(
+                cast("nn.Module", torch.compile(model)) if run.compile else model, run.update_freq == 1
+            ),
             optimizer=build_optimizer(model, run),
             scaler=grad_scaler(run, world.device),
             schedule=schedule,
@@ -111,15 +111,21 @@ class Training:
         return self.epoch * self.schedule.steps_per_epoch + math.ceil(self.iteration / self.run.update_freq)
 
     @property
-    def temperature(self) -> float:
-        """The temperature of the last micro-batch done."""
-        return self.schedule.temperature(self.epoch * self.schedule.iterations_per_epoch + self.iteration)
+    def iterations(self) -> int:
+        """Micro-batches done in all epochs."""
+        return self.epoch * self.schedule.iterations_per_epoch + self.iteration
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Each operator's temperature at the last micro-batch done."""
+        return self.schedule.temperatures(self.iterations)
 
     def set_temperature(self) -> None:
         """Give the model and its moving average the temperature of the last micro-batch done."""
-        set_temperature(self.model, self.temperature)
-        if self.ema is not None:
-            set_temperature(self.ema.module, self.temperature)
+        for operator, value in self.temperatures.items():
+            set_temperature(self.model, value, operator)
+            if self.ema is not None:
+                set_temperature(self.ema.module, value, operator)
 
     def no_sync(self) -> AbstractContextManager:
         """Return the context of a micro-batch whose gradients stay in this process."""
@@ -144,7 +150,6 @@ class Training:
         `epoch` in it is the number of the last epoch done, counted from 0; `processes` holds what differs between
         the processes, in the order of their ranks.
         """
-        plan = conversion_plan(self.model)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -156,10 +161,9 @@ class Training:
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
             "best": dict(self.best),
-            "temperature": self.temperature,
             "processes": self.world.gather({"generators": generator_states(), "losses": self.losses.tolist()}),
             "config": self.config.to_fields(),
-            "plan": plan.to_dict() if plan else None,
+            "plans": [plan.to_dict() for plan in plans(self.model)],
             "tuned": tuned_layers() if self.run.tune else {},
             "versions": {name: version(name) for name in ("torch", "timm", "kernelwarehouse")},
         }
@@ -176,13 +180,14 @@ class Training:
         Raises:
             CheckpointError: It belongs to another model or optimizer.
         """
+        load_weights(self.model, state["model"], source="it belongs to another model")
+        if self.ema is not None:
+            load_weights(self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model")
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
-        except (RuntimeError, ValueError) as e:
-            raise CheckpointError(f"the checkpoint belongs to another model or optimizer: {e}") from e
+            saved = optimizer_state_for(self.model, state["model"], state["optimizer"], self.run)
+            self.optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise CheckpointError(f"it belongs to another optimizer: {e}") from e
         if self.run.tune:
             recall(state.get("tuned", {}))
         if state["scaler"] and self.scaler.is_enabled():

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..datasets import begin_epoch
+from ..datasets import FinishingLoader, TrainSampler, begin_epoch
 from ..models import set_temperature
 from .amp import autocast
 from .distributed import World
@@ -68,16 +67,21 @@ class BufferCopy:
 
     def take(self) -> None:
         """Copy the buffers as they are now."""
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        _copy(self.copies, self.buffers)
 
     def restore(self) -> None:
         """Make the buffers what they were when they were copied."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
+        _copy(self.buffers, self.copies)
 
 
-def train_epoch(training: Training, loader: DataLoader, progress: Progress, keeper: Keeper) -> dict[str, float]:
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def train_epoch(
+    training: Training, loader: FinishingLoader[TrainSampler], progress: Progress, keeper: Keeper
+) -> dict[str, float]:
     """Train what is left of an epoch, `training.epoch`.
 
     A step whose loss is not finite changes nothing but the position, and is counted.
@@ -116,6 +120,8 @@ def train_epoch(training: Training, loader: DataLoader, progress: Progress, keep
             training.bad_steps = 0
             update_weights(training)
         training.iteration = window.stop
+        if training.ema is not None:
+            training.set_temperature()  # which the average has averaged, as it does with statistics
         progress.advance(len(window))
         if training.step % READ_EVERY == 0 or window.stop == batches:
             total, count = training.losses.tolist()
@@ -139,10 +145,10 @@ def accumulate_gradients(
     criterion = partial(F.cross_entropy, label_smoothing=0.0 if training.mixup else run.smoothing)
     before = training.epoch * schedule.iterations_per_epoch
     finite = torch.ones((), dtype=torch.bool, device=world.device)
-    poll = None
+    poll: Poll | None = None
     for index, (images, targets) in zip(window, batches, strict=True):
-        if schedule.anneal_iterations:
-            set_temperature(training.model, schedule.temperature(before + index + 1))
+        for operator, value in schedule.temperatures(before + index + 1).items():
+            set_temperature(training.model, value, operator)
         images, targets = (t.to(world.device, non_blocking=True) for t in (images, targets))
         if training.mixup:
             images, targets = training.mixup(images, targets)
@@ -160,6 +166,8 @@ def accumulate_gradients(
             training.scaler.scale(loss / len(window)).backward()
         counted = torch.stack([loss.detach(), torch.ones_like(loss)])
         training.losses += torch.where(counted[0].isfinite(), counted, 0)
+    if poll is None:
+        raise ValueError("a step has at least one micro-batch")
     return poll.votes()
 
 
@@ -198,6 +206,7 @@ def skip_step(training: Training, window: range) -> None:
 def _rates(training: Training) -> dict[str, float]:
     """The learning rate and the temperature of the step just done."""
     rates = {"lr": training.schedule.lr(training.step - 1)}
-    if training.schedule.anneal_iterations:
-        rates["temperature"] = training.temperature
-    return rates
+    temperatures = training.temperatures
+    if len(temperatures) == 1:
+        return rates | {"temperature": next(iter(temperatures.values()))}
+    return rates | {f"temperature_{operator}": value for operator, value in temperatures.items()}

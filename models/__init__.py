@@ -1,7 +1,7 @@
 """Models: backbones of timm, converted to dynamic convolutions."""
 
-from ..configs.schema import ConfigError, KWConfig, ModelConfig
-from .build import build_model
+from ..configs.schema import ConfigError, ModelConfig
+from .build import build_model, create_model, find_preset
 from .checkpoints import (
     DEFAULT_KEY,
     CheckpointError,
@@ -11,36 +11,63 @@ from .checkpoints import (
     load_weights,
     read_checkpoint,
     to_upstream,
-    upstream_names,
+    translations,
 )
-from .convert import conversion_plan, convert_, plan_conversion, remove_unused_warehouses_, warehouse_users
-from .fold import fold_
-from .ops.kernel_warehouse import set_implementation, set_temperature
+from .convert import (
+    anneals,
+    convert_,
+    dynamic_layers,
+    plan_conversion,
+    plans,
+    set_implementation,
+    set_temperature,
+    shared_labels,
+    sharing,
+    sharing_groups,
+    temperatures,
+)
+from .merge import merge_
+from .operators import SCHEMAS, get_operator, operator_names, read_config, register
+from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .plan import ConversionPlan
 from .tuning import tune
 
 __all__ = [
     "DEFAULT_KEY",
+    "SCHEMAS",
+    "Anneal",
     "CheckpointError",
     "ConfigError",
     "ConversionPlan",
-    "KWConfig",
+    "DynamicLayer",
     "ModelConfig",
+    "Operator",
+    "OperatorConfig",
+    "anneals",
     "build_model",
-    "conversion_plan",
     "convert_",
+    "create_model",
+    "dynamic_layers",
+    "find_preset",
     "find_state_dict",
-    "fold_",
+    "get_operator",
     "load_checkpoint",
     "load_content",
     "load_weights",
+    "merge_",
+    "operator_names",
     "plan_conversion",
+    "plans",
     "read_checkpoint",
-    "remove_unused_warehouses_",
+    "read_config",
+    "register",
     "set_implementation",
     "set_temperature",
+    "shared_labels",
+    "sharing",
+    "sharing_groups",
+    "temperatures",
     "to_upstream",
+    "translations",
     "tune",
-    "upstream_names",
-    "warehouse_users",
 ]

@@ -1,4 +1,4 @@
-"""From a configuration to a network: timm's backbone, converted; and the kw_* names that timm finds."""
+"""From a configuration to a network: timm's backbone, converted; and the converted networks that timm finds by name."""
 
 import dataclasses
 import difflib
@@ -11,45 +11,19 @@ import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
-from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from ..configs.schema import ConfigError, KWConfig, ModelConfig, load_config
-from .backbones import find_family
-from .convert import convert_, plan_conversion, remove_unused_warehouses_
+from ..configs.schema import ConfigError, ModelConfig
+from .convert import convert_
+from .operators import built_in_operators, get_operator, read_config, split_model_name
+from .ops.api import OperatorConfig, Preset
+from .sites import find_family
 
 # timm's names of backbones that upstream or its paper calls otherwise.
 ALIASES = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224"}
 
-# MobileNetV2 at half the budget: the early pointwise layers stay static, the classifier is converted, and ratios
-# differ between warehouses.
-_MOBILENETV2_HALF = {
-    "sharing_range": ("layer",),
-    "include": (
-        "conv_stem",
-        r"blocks\.\d\.\d+\.conv_dw",
-        r"blocks\.(5\.[12]|6\.0)\.conv_pwl?",
-        "conv_head",
-        "classifier",
-    ),
-    "reduction": 1 / 32,
-    "cell_num_ratio": (1, 1, 1, 1, 1, 1, 0.5, 1, 0.5, 0.5),
-    "cell_inplane_ratio": (1, 1, 1, 1, 1, 1, 0.5, 1, 0.5, 0.025),
-    "cell_outplane_ratio": (1, 1, 1, 1, 1, 1, 0.5, 1, 0.5, 1),
-}
-
-# Converted models by name: the backbone and the operator's fields. Any other kw_X converts timm's X by default.
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "kw_resnet18": ("resnet18", {}),
-    "kw_resnet50": ("resnet50", {}),
-    "kw_mobilenetv2_050": ("mobilenetv2_050", {}),
-    "kw_mobilenetv2_100": ("mobilenetv2_100", {}),
-    "kw1d2x_mobilenetv2_050": ("mobilenetv2_050", _MOBILENETV2_HALF),
-    "kw1d2x_mobilenetv2_100": ("mobilenetv2_100", _MOBILENETV2_HALF),
-    "kw_convnext_tiny": ("convnext_tiny", {}),
-    "kw_deit_tiny": ("deit_tiny_patch16_224", {}),
-    "kw_deit_small": ("deit_small_patch16_224", {}),
-}
+# Families whose recipes give every block the full rate of stochastic depth.
+CONSTANT_DROP_PATH = ("ResNet",)
 
 
 def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> nn.Module:
@@ -61,17 +35,21 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
         **overrides: Fields that win over those of `config`, such as ``nb_classes=10`` or ``cell_num_ratio=4``.
 
     Returns:
-        timm's network, converted unless the model's name is a static one; (B, in_chans, H, W) → (B, nb_classes).
+        timm's network, converted unless neither the model's name nor the field `operator` says by which operator;
+        (B, in_chans, H, W) → (B, nb_classes).
 
     Raises:
-        ConfigError: An unknown model or field, or a value that the backbone refuses.
+        ConfigError: An unknown model, operator or field, or a value that the backbone refuses.
         ValueError: A conversion that cannot be done.
     """
     if isinstance(config, ModelConfig):
         fields = dataclasses.asdict(config)
-        config = {**fields.pop("kw"), **fields}
-    config = load_config(config, overrides).model
-    backbone, preset = _resolve(config.model)
+        config = {**fields.pop("operator_fields"), **fields}
+    config = read_config(config, overrides).model
+    preset = find_preset(config.model)
+    backbone = ALIASES.get(preset.backbone, preset.backbone)
+    if not timm.is_model(backbone):
+        raise ConfigError(f"field 'model': timm has no network {backbone!r}{_nearest(config.model)}")
     kwargs = {
         "num_classes": config.nb_classes,
         "in_chans": config.in_chans,
@@ -89,52 +67,56 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
     except TypeError as e:
         raise ConfigError(f"{config.model}: the backbone {backbone} refuses its arguments: {e}") from e
     _spread_drop_path(net, config)
-    if preset is None:
-        if config.kw:
-            raise ConfigError(
-                f"{config.model} is a static network, for which '{next(iter(config.kw))}' means nothing; the converted "
-                f"one is 'kw_{config.model}'"
-            )
+    if config.operator is None:
         return net
-    return _convert(net, KWConfig(**{**preset, **config.kw}), keep_weights=config.pretrained, example_input=example)
+    operator = get_operator(config.operator)
+    fields = {**preset.fields, **config.operator_fields}
+    return convert_(net, operator.Config(**fields), keep_weights=config.pretrained, example_input=example)
 
 
-def _convert(
-    net: nn.Module, config: KWConfig, *, keep_weights: bool, example_input: torch.Tensor | None = None
-) -> nn.Module:
-    convert_(net, plan_conversion(net, config, example_input=example_input), keep_weights=keep_weights)
-    if type(net) is EfficientNet:
-        net.__class__ = ConvertedEfficientNet
-    return net
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` for any name, also of converted networks that are not registered with timm.
+
+    Args:
+        name: A name of timm's, or an operator's prefix and a name of timm's, such as ``kw_resnet34``.
+        pretrained: Start from timm's weights of the static network, which the conversion keeps.
+        **kwargs: timm's arguments and the operator's fields.
+
+    Raises:
+        ConfigError: No such network.
+        ValueError: A conversion that cannot be done.
+    """
+    split = split_model_name(name)
+    if timm.is_model(name) or split is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    return _create_converted(name, split[0], find_preset(name), pretrained, kwargs)
 
 
-class ConvertedEfficientNet(EfficientNet):
-    """timm's EfficientNet class, for networks whose classifier may have cells of its own."""
+def find_preset(model: str) -> Preset:
+    """The backbone and the operator's fields that the name of a model stands for."""
+    split = split_model_name(model)
+    if split is None:
+        return Preset(model)
+    name, backbone = split
+    return get_operator(name).presets.get(model, Preset(backbone))
 
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg", **kwargs: Any) -> None:
-        """Replace the classifier by a static one; cells that only the old one used go with it."""
-        super().reset_classifier(num_classes, global_pool, **kwargs)
-        remove_unused_warehouses_(self)
+
+def registered_models() -> dict[str, str]:
+    """The converted networks that are registered with timm, and their operators."""
+    return {model: name for name in built_in_operators() for model in get_operator(name).presets}
 
 
-def _resolve(model: str) -> tuple[str, dict[str, Any] | None]:
-    """Name → timm's backbone and the operator's fields, None for a static network."""
-    backbone, preset = PRESETS.get(model, (model, None))
-    if preset is None and model.startswith("kw_"):
-        backbone, preset = model.removeprefix("kw_"), {}
-    backbone = ALIASES.get(backbone, backbone)
-    if not timm.is_model(backbone):
-        names = [*PRESETS, *ALIASES, *timm.list_models(exclude_filters="kw*")]
-        near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(f"field 'model': timm has no network {backbone!r}{hint}")
-    return backbone, preset
+def _nearest(model: str) -> str:
+    names = [*registered_models(), *ALIASES, *timm.list_models()]
+    near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def _spread_drop_path(net: nn.Module, config: ModelConfig) -> None:
     """timm raises the rate linearly with depth; the rule "constant" gives every block the full rate."""
     family = find_family(net)
-    rule = config.drop_path_rule or (family.drop_path_rule if family else "linear")
+    constant = family is not None and family.name in CONSTANT_DROP_PATH
+    rule = config.drop_path_rule or ("constant" if constant else "linear")
     if rule == "linear" or not config.drop_path:
         return
     names = ("drop_path", "drop_path1", "drop_path2")
@@ -145,37 +127,50 @@ def _spread_drop_path(net: nn.Module, config: ModelConfig) -> None:
         setattr(module, name, DropPath(config.drop_path))
 
 
-def _entry_point(name: str) -> Callable[..., nn.Module]:
-    backbone, preset = PRESETS[name]
+def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
+        if kwargs.get(key) is None:
+            kwargs.pop(key, None)
+    cls: type[OperatorConfig] = get_operator(operator).Config
+    fields = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(cls) if f.name in kwargs}
+    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    backbone = ALIASES.get(preset.backbone, preset.backbone)
+    if not timm.is_model(backbone):
+        raise ConfigError(f"timm has no network {backbone!r}{_nearest(name)}")
+    net = timm.create_model(backbone, pretrained=pretrained, **kwargs)
+    cfg = {**(net.pretrained_cfg or {}), "architecture": name}
+    net.pretrained_cfg = net.default_cfg = cfg if pretrained else {**cfg, **_NO_WEIGHTS}
+    convert_(net, cls(**{**preset.fields, **fields}), keep_weights=pretrained)
+    if features_only:
+        return FeatureGetterNet(net, out_indices=out_indices if out_indices is not None else (0, 1, 2, 3))
+    return net
 
-    def create(pretrained: bool = False, features_only: bool = False, **kwargs: Any) -> nn.Module:
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
-            if kwargs.get(key) is None:
-                kwargs.pop(key, None)
-        fields = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(KWConfig) if f.name in kwargs}
-        out_indices = kwargs.pop("out_indices", None)
-        net = timm.create_model(backbone, pretrained=pretrained, **kwargs)
-        cfg = {**net.pretrained_cfg, "architecture": name}
-        net.pretrained_cfg = net.default_cfg = cfg if pretrained else {**cfg, **_NO_WEIGHTS}
-        net = _convert(net, KWConfig(**{**preset, **fields}), keep_weights=pretrained)
-        if features_only:
-            # timm's default wrapper keeps the children that make features, and would lose the cells at the root.
-            return FeatureGetterNet(net, out_indices=out_indices if out_indices is not None else (0, 1, 2, 3))
-        return net
+
+def _entry_point(name: str, operator: str) -> Callable[..., nn.Module]:
+    preset = get_operator(operator).presets[name]
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_converted(name, operator, preset, pretrained, kwargs)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{backbone} converted to KernelWarehouse; takes the fields of `KWConfig` beside timm's arguments."
+    create.__doc__ = f"{preset.backbone} converted by {operator}; takes the operator's fields beside timm's arguments."
     return create
+
+
+def _default_cfg(name: str, backbone: str) -> dict[str, Any]:
+    """timm's for the static network, without weights; another package may have registered it without any."""
+    try:
+        cfg = timm.get_pretrained_cfg(backbone)
+    except RuntimeError:  # which timm raises for the tags of a model that was registered over its own
+        cfg = None
+    return {**(cfg.to_dict() if cfg is not None else {}), "architecture": name, **_NO_WEIGHTS}
 
 
 # timm reads a model's default configuration from this name in the module that registers it.
 _NO_WEIGHTS = {"url": "", "hf_hub_id": None, "tag": ""}
 default_cfgs = generate_default_cfgs(
-    {
-        name: {**timm.get_pretrained_cfg(backbone).to_dict(), "architecture": name, **_NO_WEIGHTS}
-        for name, (backbone, _) in PRESETS.items()
-    }
+    {name: _default_cfg(name, get_operator(op).presets[name].backbone) for name, op in registered_models().items()}
 )
-__all__ = ["PRESETS", "build_model"]
-for _name in PRESETS:
-    register_model(_entry_point(_name))
+__all__ = ["build_model", "create_model", "registered_models"]
+for _name, _operator in registered_models().items():
+    register_model(_entry_point(_name, _operator))

@@ -2,7 +2,7 @@
 
 import argparse
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .backbones import find_family
-from .convert import warehouse_users
+from .convert import dynamic_layers, plans, set_temperature, sharing
+from .operators import get_operator
+from .translation import Translation, canonical_names, original_translation
 
 # Where ours and upstream's, older ones, and timm's checkpoints keep their weights.
 DEFAULT_KEY = "model|module|state_dict"
+TEMPERATURE = ".temperature.value"  # how the names of temperatures end in a state dict
 
 
 class CheckpointError(ValueError):
@@ -96,20 +98,44 @@ def load_content(
     model: nn.Module, content: Mapping[str, Any], key: str = DEFAULT_KEY, *, source: str, allow_new_head: bool = False
 ) -> tuple[str, ...]:
     """`load_checkpoint` for what `read_checkpoint` returned; `source` names the file in errors."""
-    return load_weights(model, find_state_dict(content, key, source), source=source, allow_new_head=allow_new_head)
+    state = find_state_dict(content, key, source)
+    new = load_weights(model, state, source=source, allow_new_head=allow_new_head)
+    # Older checkpoints of a training have the temperature beside the weights, newer ones among them.
+    before = content.get("temperature")
+    if isinstance(before, float) and not any(k.endswith(TEMPERATURE) for k in state):
+        set_temperature(model, before)
+    return new
 
 
 def load_weights(
-    model: nn.Module, state: Mapping[str, Tensor], *, source: str = "weights", allow_new_head: bool = False
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str = "weights",
+    allow_new_head: bool = False,
+    known: Sequence[Translation] | None = None,
 ) -> tuple[str, ...]:
-    """`load_checkpoint` for a state dict that was read before."""
+    """`load_checkpoint` for a state dict that was read before.
+
+    Args:
+        model: As there.
+        state: The weights.
+        source: What to call them in errors.
+        allow_new_head: As there.
+        known: The `translations` of the network before parts of it were removed; None for those of `model`.
+    """
     target = model.state_dict()
-    names = {theirs: ours for ours, theirs in upstream_names(model).items()}
-    if sum(k in names for k in state) > sum(k in target for k in state):
-        state = {names.get(k, k): v for k, v in state.items()}
+    for translation in translations(model) if known is None else known:
+        if translation.recognises(state):
+            state = translation.from_authors(state)
+            break
+    try:
+        state = canonical_names(model, state)
+    except ValueError as e:
+        raise CheckpointError(f"{source}: {e}") from e
     state = {k: _fit(v, target[k]) if k in target else v for k, v in state.items()}
     head = _head_prefixes(model)
-    wrong = _differences(state, target)
+    wrong = _differences(state, target, _optional(model))
     only_head = all(k.startswith(head) for k, _ in wrong)
     if wrong and not (allow_new_head and only_head):
         lines = [text for _, text in wrong[:20]]
@@ -126,44 +152,35 @@ def load_weights(
     return new_head
 
 
-def upstream_names(model: nn.Module) -> dict[str, str]:
-    """Our name of every entry of the state dict → upstream's."""
-    family = find_family(model)
-    warehouses = getattr(model, "warehouses", None)
-    numbers = {name: i for i, name in enumerate(warehouses.names)} if warehouses is not None else {}
-    names = {}
-    for key in model.state_dict():
-        module, _, leaf = key.rpartition(".")
-        if module == "warehouses":
-            names[key] = f"warehouse_manager.weights.{numbers[leaf]}"
-            continue
-        module, attention, rest = module.partition(".attention")
-        if family is not None:
-            module = family.upstream_name(module, model)
-        names[key] = ".".join(filter(None, (module + attention + rest.replace(".norm", ".norm1"), leaf)))
-    return names
+def translations(model: nn.Module) -> list[Translation]:
+    """What other names a network's weights are known under: of its operators' authors, or of its original code."""
+    found = [get_operator(plan.operator).translation(model, plan) for plan in plans(model)]
+    return found or [original_translation(model)]
 
 
 def to_upstream(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights with upstream's names and shapes."""
-    state = {}
-    ours = model.state_dict()
-    for key, theirs in upstream_names(model).items():
-        value = ours[key]
-        converted_gamma = theirs.endswith(".gamma") and hasattr(model, "warehouses")
-        state[theirs] = value.reshape(1, -1, 1, 1) if converted_gamma else value
-    return state
+    """The model's weights with the names and in the layouts of the authors' code."""
+    return translations(model)[0].to_authors(model.state_dict())
 
 
 def _fit(value: Tensor, target: Tensor) -> Tensor:
-    """Reshape a tensor whose shape differs by ones only, as a layer scale or a 1×1 kernel kept as a matrix."""
-    same = [s for s in value.shape if s != 1] == [s for s in target.shape if s != 1]
-    return value.reshape(target.shape) if same else value
+    """Reshape a tensor whose shape differs by ones at its end only, as that of a 1×1 kernel kept as a matrix."""
+    sizes, wanted = list(value.shape), list(target.shape)
+    short, long = sorted((sizes, wanted), key=len)
+    return value.reshape(target.shape) if long == short + [1] * (len(long) - len(short)) else value
 
 
-def _differences(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+def _optional(model: nn.Module) -> set[str]:
+    """Entries of the state dict that a file may lack."""
+    shared = {layer.temperature for layer in dynamic_layers(model).values()} - {None}
+    return {f"{name}.value" for name, m in model.named_modules() if m in shared}
+
+
+def _differences(
+    state: Mapping[str, Tensor], target: Mapping[str, Tensor], optional: set[str]
+) -> list[tuple[str, str]]:
     """Each key that does not fit, and what is wrong with it."""
-    missing = [(k, f"missing: {k} {tuple(v.shape)}") for k, v in target.items() if k not in state]
+    missing = [(k, f"missing: {k} {tuple(v.shape)}") for k, v in target.items() if k not in state and k not in optional]
     unexpected = [(k, f"unexpected: {k} {tuple(v.shape)}") for k, v in state.items() if k not in target]
     shapes = [
         (k, f"shape: {k} is {tuple(state[k].shape)} in the file, {tuple(v.shape)} in the model")
@@ -180,5 +197,5 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     heads = [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
-    cells = [w for w, users in warehouse_users(model).items() if all(user in heads for user in users)]
+    cells = [shared for shared, users in sharing(model).items() if all(user in heads for user in users)]
     return (*(f"{name}." for name in heads), *cells)

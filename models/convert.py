@@ -1,121 +1,132 @@
-"""Converting a network: `plan_conversion` looks and decides, `convert_` allocates the cells and swaps the layers."""
+"""Converting a network: `plan_conversion` looks and decides, `convert_` checks, allocates what is shared, and swaps."""
 
-import itertools
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from ..configs.schema import KWConfig
-from .backbones import Family, find_family
-from .ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLayer, KWLinear, Warehouses
-from .ops.kernel_warehouse.partition import Partition, count_cells, share_cells
-from .plan import ConversionPlan, LayerPlan, WarehousePlan
-from .structure import label_by_structure
-
-CONVOLUTIONS = {nn.Conv1d: KWConv1d, nn.Conv2d: KWConv2d, nn.Conv3d: KWConv3d}
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
+from .obstacles import Obstacles
+from .operators import get_operator
+from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
+from .ops.tied import Temperature, Tied
+from .plan import ConversionPlan, LayerPlan
+from .sites import LAYERS, check_network, find_sites
 
 
-def plan_conversion(
-    net: nn.Module, config: KWConfig | None = None, *, example_input: Tensor | None = None
-) -> ConversionPlan:
+def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
     """Decide how `net` would be converted, changing nothing.
 
     Args:
         net: Any network of torch.nn convolutions and linear layers.
-        config: The operator's configuration; default: the paper's 1×.
-        example_input: For a network without a table in `backbones`: an input of it, of which the shape is used.
+        config: An operator's configuration, such as ``KWConfig(cell_num_ratio=4)``.
+        example_input: For a network without a table in `sites`: an input of it, of which the shape is used.
 
     Returns:
         The plan; ``print(plan)`` shows it, `convert_` carries it out.
 
     Raises:
-        ValueError: The network cannot be converted so; the message names the layer or warehouse, what was found and
-            what would work.
+        ValueError: The network cannot be converted so; the message names the layer, what was found and what would work.
     """
-    config = config or KWConfig()
-    _check_network(net)
-    layers = {name: m for name, m in net.named_modules() if type(m) in CONVOLUTIONS or type(m) is nn.Linear}
-    if not layers:
-        raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
-    family = find_family(net)
-    groups = _group(net, layers, family, config, example_input)
-    for name in groups:
-        if not name.isidentifier():
-            raise ValueError(f"warehouse {name!r}: a name may hold letters, digits and underscores only")
-    for name in itertools.chain.from_iterable(groups.values()):
-        _check_layer(net, name, layers[name])
-    for field in ("cell_num_ratio", "cell_inplane_ratio", "cell_outplane_ratio", "nonlocal_basis_ratio"):
-        value = getattr(config, field)
-        if isinstance(value, tuple) and len(value) != len(groups):
-            raise ValueError(f"{field} holds {len(value)} ratios, one for each of {len(groups)}: {', '.join(groups)}")
-    linear_dims = family.linear_dims if family else 1
-    order = {name: i for i, name in enumerate(layers)}
-    planned: list[LayerPlan] = []
-    warehouses = []
-    for index, (warehouse, names) in enumerate(groups.items()):
-        members = {name: layers[name] for name in sorted(names, key=order.__getitem__)}
-        plan, own = _plan_warehouse(warehouse, members, config, index, linear_dims)
-        warehouses.append(plan)
-        planned += own
-    return ConversionPlan(
-        layers=tuple(sorted(planned, key=lambda layer: order[layer.name])),
-        warehouses=tuple(warehouses),
-        reduction=config.reduction,
-        norm=config.norm or (family.norm if family else _norm_of(net)),
-        parameters_before=sum(p.numel() for p in net.parameters()),
-    )
+    operator = get_operator(config.operator)
+    _check_not_converted(net, operator)
+    plan = operator.plan(find_sites(net, example_input, readers=operator.needs_readers), config)
+    if not plan.layers:
+        raise ValueError(f"nothing to convert in {type(net).__name__}")
+    return plan
 
 
-def convert_(net: nn.Module, plan: ConversionPlan, *, keep_weights: bool = True) -> nn.Module:
-    """Convert `net` in place: give it `net.warehouses` and swap the planned layers.
+def convert_(
+    net: nn.Module,
+    plan: ConversionPlan | OperatorConfig,
+    *,
+    keep_weights: bool = True,
+    example_input: Tensor | None = None,
+) -> nn.Module:
+    """Convert `net` in place by a plan, or by the plan for a configuration.
+
+    An optimizer made before the conversion knows the parameters of the layers that are gone, and trains nothing of the
+    new ones: make it afterwards, from ``net.parameters()``. Each layer keeps its place, mode, device and type, and each
+    of its parameters is trained where the one that it replaces was.
 
     Args:
-        net: The network that the plan was made for.
-        plan: From `plan_conversion`; it stays at hand as ``net.warehouses.plan``.
-        keep_weights: Put the static kernels into the assigned cells and let the attention hold the assignment, so
-            that with b ≥ 1 the network computes what it did before (to a relative 1e-3 per layer at temperatures
-            above 0) and can be fine-tuned; with b < 1 the assigned part of each kernel is kept. False initialises
-            as the paper, for training from scratch.
+        net: The network that the plan was made for. It may have been converted by another operator before, in other
+            layers.
+        plan: From `plan_conversion`, or a configuration; every new layer refers to it (`plans`).
+        keep_weights: Let the new layers compute what the static ones did, as exactly as the operator can (its README
+            says how), to be fine-tuned from there. False initialises as its paper, for training from scratch.
+        example_input: As `plan_conversion`.
 
     Returns:
-        `net`, at temperature 0; `set_temperature` changes that.
+        `net`, at the temperature of a trained network; `set_temperature` changes that.
 
     Raises:
-        ValueError: The plan does not fit the network, which is then left unchanged.
+        ValueError: The plan does not fit the network, or the operator cannot keep weights; nothing is changed then.
     """
-    _check_network(net)
+    if not isinstance(plan, ConversionPlan):
+        plan = plan_conversion(net, plan, example_input=example_input)
+    operator = get_operator(plan.operator)
+    _check_not_converted(net, operator)
+    check_network(net)
     old = _find_layers(net, plan)
-    weight = next(iter(old.values())).weight
-    warehouses = Warehouses({w.name: w.shape for w in plan.warehouses}, weight.device, weight.dtype)
-    new = {layer.name: _make_layer(layer, old[layer.name], plan, warehouses) for layer in plan.layers}
-    for name, layer in new.items():
-        layer.reset_parameters()
-        if keep_weights:
-            layer.hold(old[name].weight, old[name].bias)
-    for warehouse in warehouses.names:
-        users = [layer.name for layer in plan.layers if layer.warehouse == warehouse]
-        warehouses.cells(warehouse).requires_grad_(any(old[name].weight.requires_grad for name in users))
-    warehouses.plan = plan
-    warehouses.train(net.training)
-    net.add_module("warehouses", warehouses)
-    for name, layer in new.items():
-        net.set_submodule(name, layer)
+    if keep_weights:
+        operator.check_static(plan)
+    new = _make_layers(operator, plan, old)
+    if keep_weights:
+        operator.load_static(new, old, plan)
+    _inherit(new, old)
+    operator.apply_(net, plan, new)
     return net
 
 
+def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.Module]) -> dict[str, DynamicLayer]:
+    """New layers by name, sharing what the plan says, with one temperature."""
+    weight = next(iter(old.values())).weight
+    shared = operator.shared(plan, weight.device, weight.dtype)
+    anneal = operator.anneal(plan.config)
+    temperature = None
+    if anneal is not None:
+        temperature = Temperature(anneal.end, anneal.limits, device=weight.device, dtype=weight.dtype)
+    for name, module in shared.items():
+        module.label = name
+    layers = {}
+    for planned in plan.layers:
+        layer = operator.layer(planned, old[planned.name], shared, plan)
+        layer.plan, layer.temperature = plan, temperature
+        layers[planned.name] = layer
+    return layers
+
+
+def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> None:
+    """Mode and trainability: a bias is trained if the old one was, all else if the old weight was."""
+    users: dict[Tied, list[bool]] = {}
+    for name, layer in new.items():
+        before = old[name]
+        layer.train(before.training)
+        shared = layer.shared()
+        of_others = {p for module in shared for p in module.parameters()}
+        for parameter in layer.parameters():
+            if parameter not in of_others:
+                parameter.requires_grad_(before.weight.requires_grad)
+        bias = getattr(layer, "bias", None)
+        if bias is not None and before.bias is not None:
+            bias.requires_grad_(before.bias.requires_grad)
+        for module in shared:
+            users.setdefault(module, []).append(before.weight.requires_grad)
+    for module, trained in users.items():
+        module.requires_grad_(any(trained))
+
+
 def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
-    """The layers of `net` that the plan names, each checked to be what it expects."""
+    """The layers of `net` that the plan names, each checked to be what it expects and to stand in nobody's way."""
     modules = dict(net.named_modules())
+    obstacles = Obstacles(net)
     found = {}
     for layer in plan.layers:
         module = modules.get(layer.name)
-        if type(module).__name__ != layer.kind or _kernel(module, layer.kernel) != layer.kernel:
+        if not isinstance(module, LAYERS) or not _fits(module, layer):
             text = "no such layer" if module is None else repr(module).partition("\n")[0]
             raise ValueError(f"the plan expects {layer.name} to be a {layer.kind} of {layer.kernel}, found {text}")
-        _check_layer(net, layer.name, module)
+        if problem := obstacles.find(layer.name, module):
+            raise ValueError(problem)
         found[layer.name] = module
     placed = {(m.weight.device, m.weight.dtype) for m in found.values()}
     if len(placed) > 1:
@@ -123,197 +134,139 @@ def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
     return found
 
 
-def warehouse_users(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the cells' parameters → names of the layers that mix from them, both as `model` spells them."""
-    parameters = {id(p): name for name, p in model.named_parameters()}
+def _fits(module: nn.Module, layer: LayerPlan) -> bool:
+    shape = tuple(module.weight.shape)
+    widened = shape + (1,) * (len(layer.kernel) - len(shape)) if isinstance(module, nn.Linear) else shape
+    return layer.kind in (cls.__name__ for cls in type(module).__mro__) and widened == layer.kernel
+
+
+def _check_not_converted(net: nn.Module, operator: Operator) -> None:
+    if any(plan.operator == operator.name for plan in plans(net)):
+        raise ValueError(f"this {type(net).__name__} is already converted by {operator.name}")
+
+
+def dynamic_layers(net: nn.Module) -> dict[str, DynamicLayer]:
+    """The converted layers of a network, or of networks inside a module, by name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, DynamicLayer)}
+
+
+def plans(net: nn.Module) -> list[ConversionPlan]:
+    """The plans by which a network, or networks inside a module, were converted, in the order of their layers."""
+    found: list[ConversionPlan] = []
+    for layer in dynamic_layers(net).values():
+        if layer.plan is not None and layer.plan not in found:
+            found.append(layer.plan)
+    return found
+
+
+def anneals(net: nn.Module) -> dict[str, Anneal]:
+    """How the temperature of each operator in a network changes in training, for those that have one."""
+    found = {plan.operator: get_operator(plan.operator).anneal(plan.config) for plan in plans(net)}
+    return {name: anneal for name, anneal in found.items() if anneal is not None}
+
+
+def shared_labels(net: nn.Module) -> dict[str, str]:
+    """Name of each parameter that layers may share, as `net` spells it → what the plan calls it."""
+    tied = {id(p): m.label for layer in dynamic_layers(net).values() for m in layer.shared() for p in m.parameters()}
+    return {name: tied[id(p)] for name, p in net.named_parameters() if id(p) in tied}
+
+
+def sharing(net: nn.Module) -> dict[str, list[str]]:
+    """Name of each parameter that layers may share → names of the layers that use it, both as `net` spells them.
+
+    What the plan says of sharing, for the layers that are there.
+    """
+    names = {id(p): name for name, p in net.named_parameters()}
     users: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, KWLayer) and module.products is None:
-            users.setdefault(parameters[id(module.cells)], []).append(name)
+    for name, layer in dynamic_layers(net).items():
+        for module in layer.shared():
+            for parameter in module.parameters():
+                users.setdefault(names[id(parameter)], []).append(name)
     return users
 
 
-def conversion_plan(model: nn.Module) -> ConversionPlan | None:
-    """Return the plan by which `model` was converted; None for a static network."""
-    return getattr(getattr(model, "warehouses", None), "plan", None)
+def sharing_groups(net: nn.Module, modules: Iterable[nn.Module] | None = None) -> list[list[nn.Module]]:
+    """Modules that a wrapper which owns parameters has to wrap together, such as FSDP2's ``fully_shard(group)``.
+
+    Args:
+        net: A converted network.
+        modules: The parts that are to be wrapped, none inside another, such as ``net.children()``; None for the
+            converted layers themselves.
+
+    Returns:
+        The modules in groups; those of different groups share nothing. Wrapping two that share one by one is an error
+        of torch's.
+    """
+    parts = list(dynamic_layers(net).values() if modules is None else modules)
+    groups: list[tuple[list[nn.Module], set[nn.Parameter]]] = []
+    for part in parts:
+        used = {p for layer in dynamic_layers(part).values() for tied in layer.shared() for p in tied.parameters()}
+        touching = [group for group in groups if group[1] & used]
+        merged = [m for group in touching for m in group[0]] + [part]
+        groups = [group for group in groups if group not in touching]
+        groups.append((merged, used.union(*(group[1] for group in touching))))
+    order = {id(part): i for i, part in enumerate(parts)}
+    return sorted((sorted(g, key=lambda m: order[id(m)]) for g, _ in groups), key=lambda g: order[id(g[0])])
 
 
-def remove_unused_warehouses_(net: nn.Module) -> nn.Module:
-    """Drop the cells that no layer of `net` mixes from any more, after some were replaced or folded; returns `net`."""
-    layers = [module for module in net.modules() if isinstance(module, KWLayer) and module.products is None]
-    net.warehouses.keep({layer.warehouse for layer in layers})
-    return net
+def set_temperature(net: nn.Module, value: float, operator: str | None = None) -> None:
+    """Set τ of every converted network inside `net`; a static network has none and is left as it is.
+
+    Args:
+        net: A network, or a module that contains one (DDP, an average).
+        value: The temperature.
+        operator: The operator whose temperature it is; None for all.
+
+    Raises:
+        ValueError: A value that an operator does not take; nothing is changed then.
+    """
+    found = [t for name, t in _temperatures(net) if operator in (None, name)]
+    for temperature in found:
+        temperature.check(value)
+    for temperature in found:
+        temperature.fill(value)
 
 
-def _check_network(net: nn.Module) -> None:
-    if type(net).__name__ in WRAPPERS or isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"the network is wrapped in {type(net).__name__}: convert the network inside, then wrap it")
-    if any(isinstance(m, Warehouses) for m in net.modules()):
-        raise ValueError(f"this {type(net).__name__} is already converted")
-    if type(net) in CONVOLUTIONS or type(net) is nn.Linear:
-        raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
-    if hasattr(net, "warehouses"):
-        raise ValueError(f"{type(net).__name__} has an attribute `warehouses`, where its cells would go: rename it")
+def temperatures(net: nn.Module) -> dict[str, float]:
+    """The temperature of each operator in a network that has one."""
+    return {name: temperature.value.item() for name, temperature in _temperatures(net)}
 
 
-def _check_layer(net: nn.Module, name: str, layer: nn.Module) -> None:
-    aliases = [n for n, m in net.named_modules(remove_duplicate=False) if m is layer]
-    if len(aliases) > 1:
-        raise ValueError(f"{' and '.join(aliases)} are one module: untie or exclude them")
-    owners = [n for n, m in net.named_modules() if any(p is layer.weight for p in m.parameters(recurse=False))]
-    if len(owners) > 1:
-        raise ValueError(f"{' and '.join(owners)} share one weight: untie or exclude them")
-    if min(layer.weight.shape) < 1:
-        raise ValueError(f"{name} has a kernel without elements: {tuple(layer.weight.shape)}")
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        raise ValueError(f"{name} has hooks, which a conversion would lose: remove or exclude it")
+def _temperatures(net: nn.Module) -> Iterator[tuple[str, Temperature]]:
+    seen: set[Temperature] = set()
+    for layer in dynamic_layers(net).values():
+        if layer.temperature is not None and layer.temperature not in seen:
+            seen.add(layer.temperature)
+            yield layer.plan.operator if layer.plan else "", layer.temperature
 
 
-def _group(
-    net: nn.Module,
-    layers: Mapping[str, nn.Module],
-    family: Family | None,
-    config: KWConfig,
-    example_input: Tensor | None,
-) -> dict[str, list[str]]:
-    """Warehouse → its layers, both in order of construction."""
-    if config.warehouses is not None:
-        labels = [(n, w) for n in layers if (w := _first_match(config.warehouses, n)) is not None]
-        _check_patterns("warehouses", config.warehouses, layers)
-        chosen = labels
-    elif family is not None:
-        labels = family.label(layers)
-        chosen = [(n, label) for n, label in labels if label.split("_")[0] not in family.static]
-    else:
-        if config.sharing_range is not None:
+def set_implementation(net: nn.Module, implementation: str, otherwise: str | None = None) -> None:
+    """Make every converted layer inside `net` compute in one way, to compare, to time it, or for derivatives.
+
+    Args:
+        net: A converted network, or a module that contains one.
+        implementation: "auto", or a name that every layer knows; "reference" can be differentiated in every way.
+        otherwise: What the layers take that cannot be computed so: "auto", or another name.
+
+    Raises:
+        ValueError: An unknown name, a layer that cannot be computed so, or a module without a converted layer; nothing
+            is changed then.
+    """
+    layers = dynamic_layers(net)
+    if not layers:
+        raise ValueError("the model has no converted layer")
+    chosen: dict[str, str] = {}
+    for name, layer in layers.items():
+        known = ("auto", *layer.candidates())
+        for asked in (implementation, otherwise or "auto"):
+            if asked not in known:
+                raise ValueError(f"{name}: implementation must be {', '.join(known)}; found {asked!r}")
+        reason = None if implementation == "auto" else layer.unsupported(implementation)
+        if reason is not None and otherwise is None:
             raise ValueError(
-                f"sharing_range needs a table of labels, and {type(net).__name__} has none: name the warehouses with "
-                "the field `warehouses`, or leave sharing to the network's structure"
+                f"{name}: implementation {implementation!r} cannot compute this layer: {reason}; "
+                "otherwise='auto' lets such layers choose"
             )
-        labels = chosen = label_by_structure(net, layers, example_input)
-    if config.include is not None:
-        _check_patterns("include", config.include, layers)
-        chosen = [(n, label) for n, label in labels if _matches(config.include, n)]
-        missing = [n for n in layers if _matches(config.include, n) and n not in dict(labels)]
-        if missing:
-            raise ValueError(f"include names {missing[0]}, for which there is no warehouse: use the field `warehouses`")
-    _check_patterns("exclude", config.exclude, layers)
-    sharing = config.sharing_range
-    if sharing is None:
-        sharing = family.sharing_range if family and config.warehouses is None else ()
-    groups: dict[str, list[str]] = {}
-    for name, label in chosen:
-        if not _matches(config.exclude, name):
-            groups.setdefault(_shared_label(label, sharing), []).append(name)
-    if not groups:
-        raise ValueError(f"nothing to convert: include and exclude leave none of {len(layers)} layers")
-    return groups
-
-
-def _plan_warehouse(
-    warehouse: str, members: Mapping[str, nn.Module], config: KWConfig, index: int, linear_dims: int
-) -> tuple[WarehousePlan, list[LayerPlan]]:
-    dims = {m.weight.ndim - 2 if type(m) in CONVOLUTIONS else linear_dims for m in members.values()}
-    if len(dims) > 1:
-        raise ValueError(f"warehouse {warehouse}: layers of {dims} dimensions cannot share: {', '.join(members)}")
-    kernels = {name: _kernel(m, (1,) * (2 + max(dims))) for name, m in members.items()}
-    sizes = {kernel[2:] for kernel in kernels.values()}
-    if config.spatial_partition:
-        space = (1,) * max(dims)
-    elif len(sizes) == 1:
-        space = next(iter(sizes))
-    else:
-        raise ValueError(f"warehouse {warehouse}: cells that span the kernel need one kernel size, found {sizes}")
-    channels = [
-        _cell_channels(warehouse, field, math.gcd(*(k[axis] for k in kernels.values())), config.ratio(field, index))
-        for axis, field in enumerate(("cell_outplane_ratio", "cell_inplane_ratio"))
-    ]
-    cell = (*channels, *space)
-    mixtures = [Partition(kernel, cell).mixtures for kernel in kernels.values()]
-    ratio = config.ratio("cell_num_ratio", index)
-    cells = count_cells(sum(mixtures), ratio)
-    if cells < len(members):
-        least = math.ceil(len(members) / sum(mixtures) * 1e4) / 1e4
-        raise ValueError(
-            f"warehouse {warehouse}: cell_num_ratio {ratio:g} of {sum(mixtures)} mixtures makes {cells} cells, which "
-            f"{len(members)} layers cannot share: every layer needs one of its own. Ratios from {least:g} work"
-        )
-    starts = [0, *itertools.accumulate(shares := share_cells(mixtures, cells))]
-    layers = [
-        LayerPlan(name, type(m).__name__, _in_channels(m), kernels[name], warehouse, start, own, count)
-        for (name, m), start, own, count in zip(members.items(), starts, shares, mixtures, strict=False)
-    ]
-    return WarehousePlan(warehouse, cells, cell, config.ratio("nonlocal_basis_ratio", index)), layers
-
-
-def _cell_channels(warehouse: str, field: str, channels: int, ratio: float) -> int:
-    size = max(math.floor(channels * ratio + 1e-9), 1)
-    if channels % size:
-        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-        near = sorted(divisors, key=lambda d: abs(d - channels * ratio))[:2]
-        raise ValueError(
-            f"warehouse {warehouse}: {field} {ratio:g} of {channels} channels makes cells of {size}, which do not "
-            f"divide them; {' or '.join(f'{d / channels:g}' for d in sorted(near))} would"
-        )
-    return size
-
-
-def _make_layer(layer: LayerPlan, old: nn.Module, plan: ConversionPlan, warehouses: Warehouses) -> KWLayer:
-    warehouse = plan.warehouse(layer.warehouse)
-    share = {
-        "bias": old.bias is not None,
-        "warehouses": warehouses,
-        "warehouse": warehouse.name,
-        "own_cells": range(layer.start, layer.start + layer.own_cells),
-        "reduction": plan.reduction,
-        "norm": plan.norm,
-        "nonlocal_basis_ratio": warehouse.nonlocal_basis_ratio,
-    }
-    if isinstance(old, nn.Linear):
-        new: KWLayer = KWLinear(old.in_features, old.out_features, **share)
-    else:
-        arguments = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        geometry = {name: getattr(old, name) for name in arguments}
-        new = CONVOLUTIONS[type(old)](old.in_channels, old.out_channels, **geometry, **share)
-    return new.train(old.training).requires_grad_(old.weight.requires_grad)
-
-
-def _kernel(layer: nn.Module, like: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a layer's kernel; a linear layer's is widened by ones to the dimensions of `like`."""
-    shape = tuple(layer.weight.shape)
-    return shape + (1,) * (len(like) - len(shape)) if isinstance(layer, nn.Linear) else shape
-
-
-def _in_channels(layer: nn.Module) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-
-
-def _norm_of(net: nn.Module) -> str:
-    batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-    return "batch" if batch else "layer"
-
-
-def _shared_label(label: str, sharing: Iterable[str]) -> str:
-    """Drop what follows a shared part's name: with ("layer", "conv"), stage1_layer0_conv2 → stage1_layer_conv."""
-    return "_".join(next((s for s in sharing if part.startswith(s)), part) for part in label.split("_"))
-
-
-def _matches(patterns: Iterable[str], name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _first_match(patterns: Mapping[str, str], name: str) -> str | None:
-    return next((value for pattern, value in patterns.items() if re.fullmatch(pattern, name)), None)
-
-
-def _check_patterns(field: str, patterns: Iterable[str], layers: Mapping[str, nn.Module]) -> None:
-    for pattern in patterns:
-        try:
-            if not any(re.fullmatch(pattern, name) for name in layers):
-                some = ", ".join(itertools.islice(layers, 3))
-                raise ValueError(
-                    f"{field}: {pattern!r} matches no layer; a pattern is a regular expression for the whole name, "
-                    f"such as those of {some}"
-                )
-        except re.error as e:
-            raise ValueError(f"{field}: {pattern!r} is not a regular expression: {e}") from e
+        chosen[name] = implementation if reason is None or otherwise is None else otherwise
+    for name, layer in layers.items():
+        layer.implementation = chosen[name]

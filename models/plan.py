@@ -1,60 +1,43 @@
-"""The plan of a conversion: which layer takes which cells of which warehouse. Pure data: printable, serialisable."""
+"""The plan of a conversion: which layer is replaced by what. Pure data: printable, serialisable.
+
+An operator's plan is a subclass of `ConversionPlan` with layers of a subclass of `LayerPlan`, which add what it decides.
+"""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from .ops.kernel_warehouse.attention import parameter_count
-from .ops.kernel_warehouse.partition import Partition
+VERSION = 1  # of the plans that `to_dict` writes
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One converted layer.
+    """One layer that is replaced.
 
     Attributes:
         name: The module's name in the network.
         kind: Class of torch.nn that it is now: Conv1d, Conv2d, Conv3d or Linear.
         in_channels: Channels of its input.
-        kernel: (Cout, Cin/groups, *k); a linear layer has k = 1 in each dimension of its warehouse's cells.
-        warehouse: Name of its warehouse.
-        start: First of its own cells in the warehouse.
-        own_cells: How many cells are its own.
-        mixtures: m, the cells that its kernel is cut into.
+        kernel: (Cout, Cin/groups, *k); (out_features, in_features, …ones) for a linear layer.
+        repeats: Samples of this layer for one of the network's: more than 1 where images are cut into windows that
+            follow each other in the batch, each of which then has a kernel of its own.
+        added: Parameters beyond those of the static layer, of what it does not share.
+        macs: Multiply-accumulates for a sample beyond those of the static layer.
     """
 
     name: str
     kind: str
     in_channels: int
     kernel: tuple[int, ...]
-    warehouse: str
-    start: int
-    own_cells: int
-    mixtures: int
-
-
-@dataclass(frozen=True)
-class WarehousePlan:
-    """One warehouse.
-
-    Attributes:
-        name: Its name.
-        cells: n.
-        cell: (cout, cin, *c).
-        nonlocal_basis_ratio: As `KWConfig`.
-    """
-
-    name: str
-    cells: int
-    cell: tuple[int, ...]
-    nonlocal_basis_ratio: float = 1.0
+    repeats: int = 1
+    added: int = 0
+    macs: int = 0
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(n, cout, cin, *c)."""
-        return (self.cells, *self.cell)
+    def shares(self) -> tuple[str, ...]:
+        """Names of what it shares with other layers."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -62,100 +45,114 @@ class ConversionPlan:
     """What `convert_` will do to a network.
 
     Attributes:
-        layers: The layers in the order of ``network.modules()``, in which they take their cells.
-        warehouses: The warehouses in the order in which construction first meets them: the order of lists of ratios.
-        reduction: Hidden width of the attentions, as a share of input channels.
-        norm: Their normalisation, "batch" or "layer".
+        operator: The operator's name.
+        config: Its configuration.
+        layers: The layers in the order of ``network.modules()``.
         parameters_before: Parameters of the static network.
+        left: Layers that stay static though layers like them are replaced, with the reason.
     """
 
+    operator: str
+    config: Any
     layers: tuple[LayerPlan, ...]
-    warehouses: tuple[WarehousePlan, ...]
-    reduction: float
-    norm: str
     parameters_before: int
+    left: tuple[tuple[str, str], ...]
 
-    def warehouse(self, name: str) -> WarehousePlan:
-        """The warehouse called `name`."""
-        return next(w for w in self.warehouses if w.name == name)
+    layer_type: ClassVar[type[LayerPlan]] = LayerPlan
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the converted network."""
-        count = self.parameters_before + sum(math.prod(w.shape) for w in self.warehouses)
-        for layer in self.layers:
-            warehouse = self.warehouse(layer.warehouse)
-            count -= math.prod(layer.kernel)
-            count += parameter_count(
-                layer.in_channels,
-                warehouse.cells,
-                layer.own_cells,
-                layer.mixtures,
-                self.reduction,
-                self.norm,
-                warehouse.nonlocal_basis_ratio,
-            )
-        return count
+        return self.parameters_before + sum(layer.added for layer in self.layers)
 
     @property
     def mixing_macs(self) -> int:
-        """Multiply-accumulates of mixing for one image: Σ over layers of m · n · |cell|."""
-        return sum(math.prod(layer.kernel) * self.warehouse(layer.warehouse).cells for layer in self.layers)
+        """Multiply-accumulates for one image beyond those of the static network: of making the kernels."""
+        return sum(layer.repeats * layer.macs for layer in self.layers)
+
+    def sharing(self) -> dict[str, list[str]]:
+        """Name of what is shared → names of the layers that share it."""
+        users: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for name in layer.shares:
+                users.setdefault(name, []).append(layer.name)
+        return users
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON or a checkpoint."""
-        return dataclasses.asdict(self, dict_factory=_plain)
+        return {"version": VERSION, **dataclasses.asdict(self, dict_factory=_plain)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ConversionPlan":
         """Read what `to_dict` wrote.
 
         Raises:
-            ValueError: Something else.
+            ValueError: Something else, or a plan of a newer version or of an operator that is not there.
         """
+        from .operators import get_operator  # which knows the plans of all operators
+
+        fields = dict(data)
+        version = fields.pop("version", None)
+        if not isinstance(version, int) or not isinstance(fields.get("operator"), str):
+            raise ValueError("this is not a conversion plan: it names no version or no operator")
+        if version > VERSION:
+            raise ValueError(f"the plan is of version {version}; this version of the package reads up to {VERSION}")
+        operator = get_operator(fields["operator"])
         try:
-            layers = tuple(_restore(LayerPlan, layer) for layer in data["layers"])
-            warehouses = tuple(_restore(WarehousePlan, warehouse) for warehouse in data["warehouses"])
-            plan = cls(**{**data, "layers": layers, "warehouses": warehouses})
-            for layer in plan.layers:
-                if Partition(layer.kernel, plan.warehouse(layer.warehouse).cell).mixtures != layer.mixtures:
-                    raise ValueError(f"layer {layer.name} does not have {layer.mixtures} mixtures")
-        except (KeyError, TypeError, StopIteration, ValueError) as e:
+            config = operator.Config(**fields.pop("config"))
+            return operator.Plan.restore({**fields, "config": config})
+        except (KeyError, TypeError, ValueError, StopIteration) as e:
             raise ValueError(f"this is not a conversion plan: {e!r}") from e
-        return plan
+
+    @classmethod
+    def restore(cls, fields: Mapping[str, Any]) -> "ConversionPlan":
+        """Make the plan of fields that `to_dict` wrote, with `config` as the configuration itself."""
+        layers = tuple(restored(cls.layer_type, layer) for layer in fields["layers"])
+        left = tuple((str(name), str(reason)) for name, reason in fields["left"])
+        return cls(**{**fields, "layers": layers, "left": left})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ConversionPlan":
+        return self  # it never changes, and the layers of a copied network still have one plan
+
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """The tables that `print` shows; the first row of each is its head."""
+        rows = [("layer", "kind", "kernel", "shares")]
+        rows += [(la.name, la.kind, shape_text(la.kernel), " ".join(la.shares) or "–") for la in self.layers]
+        return [rows]
 
     def __str__(self) -> str:
-        layers = [("layer", "kernel", "warehouse", "cell", "own cells", "mixtures")]
-        for layer in self.layers:
-            own = f"{layer.start}-{layer.start + layer.own_cells - 1}"
-            cell = self.warehouse(layer.warehouse).cell
-            layers.append((layer.name, _shape(layer.kernel), layer.warehouse, _shape(cell), own, str(layer.mixtures)))
-        total = self.parameters_after
-        warehouses = [("warehouse", "cells", "cell", "layers", "parameters", "share")]
-        for w in self.warehouses:
-            users = sum(layer.warehouse == w.name for layer in self.layers)
-            count = math.prod(w.shape)
-            warehouses.append(
-                (w.name, str(w.cells), _shape(w.cell), str(users), f"{count:,}", f"{count / max(total, 1):.1%}")
-            )
         summary = (
-            f"parameters {self.parameters_before:,} → {total:,}; mixing {self.mixing_macs / 1e6:,.1f} M MACs an image"
+            f"{self.operator}: parameters {self.parameters_before:,} → {self.parameters_after:,}; mixing "
+            f"{self.mixing_macs / 1e6:,.1f} M MACs an image"
         )
-        return "\n\n".join((_table(layers), _table(warehouses), summary))
+        notes = [
+            f"{layer.name}: {layer.repeats} windows an image, a kernel each"
+            for layer in self.layers
+            if layer.repeats > 1
+        ]
+        notes += [f"{name} stays static: {reason}" for name, reason in self.left]
+        return "\n\n".join([*map(table_text, self.tables()), summary, *(["\n".join(notes)] if notes else [])])
 
 
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-
-
-def _restore(cls: type, data: Mapping[str, Any]) -> Any:
+def restored(cls: type, data: Mapping[str, Any]) -> Any:
+    """A dataclass of plain values, whose lists were tuples."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
-def _shape(sizes: tuple[int, ...]) -> str:
+def shape_text(sizes: tuple[int, ...]) -> str:
+    """A shape such as 64×64×3×3."""
     return "×".join(map(str, sizes))
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table_text(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text as a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: _plain_value(v) for k, v in items}
+
+
+def _plain_value(value: Any) -> Any:
+    return [_plain_value(v) for v in value] if isinstance(value, tuple) else value

@@ -1,126 +1,101 @@
-"""Warehouses for a network without a table: layers of one resolution and one kind share.
+"""What a network without a table does with an input: `trace_layers` runs it on the meta device and watches its layers."""
 
-A layer is judged by the features that it reads, as the paper's tables do: a strided convolution belongs with the
-layers before it. Layers share only where their channels nest (the smaller divide the larger), so that cells are as
-large as the smallest kernel, and while their mixtures are few beside the size of a cell: the parameters of attention
-grow with the square of the mixtures that share.
-"""
-
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-Labels = list[tuple[str, str]]
+
+@dataclass(frozen=True)
+class Trace:
+    """How a network ran.
+
+    Attributes:
+        shapes: By layer, the shape of its first input, in the order of execution.
+        repeats: By layer, how many times the batch its input's first dimension is; 0 where it is no multiple of it.
+        error: Why it did not run, if so.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
 
 
-def label_by_structure(net: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | None = None) -> Labels:
-    """Label the layers that are converted by default.
+def trace_layers(net: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | None = None) -> Trace:
+    """Run `net` on the meta device, without touching its weights, and leave it as it was.
 
-    These are convolutions over more than one position, and linear layers over tokens; the first layer of all (its
-    input is the image) and whatever runs on pooled features stay static.
+    It runs twice, the second time with one sample more: only then does a dimension that follows the batch show.
 
     Args:
-        net: Any network; it is run once on the meta device, without touching its weights, and left as it was.
-        layers: Its convolutions and linear layers by name.
-        example_input: An input of the network; only its shape and type are used. None tries timm's default input,
-            then 256, 224×224 or 32×64×64 positions according to the first convolution.
+        net: Any network.
+        layers: Those to watch, by name.
+        example_input: An input, of which shape and type are used; None tries timm's default input, then 256, 224×224 or
+            32×64×64 positions according to the first convolution.
+    """
+    try:
+        example = guess_input(net, layers) if example_input is None else example_input
+    except ValueError as e:
+        return Trace(error=str(e))
+    batch = max(len(example), 2) if example_input is None else len(example)
+    shape = tuple(example.shape[1:])
+    try:
+        shapes = _input_shapes(net, layers, (batch, *shape), example.dtype)
+    except Exception as e:  # whatever a network raises
+        return Trace(error=f"it does not run on an input of shape {(batch, *shape)} ({e})")
+    try:
+        larger = _input_shapes(net, layers, (batch + 1, *shape), example.dtype)
+    except Exception:  # it was made for one batch, which then has to tell
+        larger = None
+    repeats = {name: _repeats(seen[0], larger and larger.get(name, (0,))[0], batch) for name, seen in shapes.items()}
+    return Trace(shapes, repeats)
 
-    Returns:
-        (name, warehouse) in the order of execution.
+
+def guess_input(net: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
+    """An input of two samples on the meta device, by timm's default configuration or else by the first layer.
 
     Raises:
-        ValueError: The network does not run on such an input, or nothing is left to convert.
+        ValueError: The first layer is linear, which says nothing.
     """
-    shapes = _input_shapes(net, layers, _example(net, layers) if example_input is None else example_input)
-    first = next(iter(shapes), None)
-    labels: Labels = []
-    groups: dict[str, list[_Group]] = {}
-    for name, shape in shapes.items():
-        layer = layers[name]
-        linear = isinstance(layer, nn.Linear)
-        positions = shape[1:-1] if linear else shape[2:]
-        if name == first or math.prod(positions) <= 1:
-            continue
-        key = f"r{'x'.join(map(str, positions))}_{_kind(layer)}"
-        labels.append((name, _join(groups.setdefault(key, []), key, tuple(layer.weight.shape))))
-    if not labels:
-        raise ValueError("no layer of the network reads more than one position; choose layers with `include`")
-    return labels
-
-
-def _kind(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Linear):
-        return "linear"
-    if layer.groups == 1:
-        return "conv"
-    return "dwconv" if layer.groups == layer.in_channels else "gconv"
-
-
-@dataclass
-class _Group:
-    """Layers that share: the channels of a cell, and the elements of all kernels."""
-
-    name: str
-    cout: int
-    cin: int
-    elements: int
-
-
-def _join(groups: list[_Group], key: str, kernel: tuple[int, ...]) -> str:
-    """Return the name of the first group that the kernel fits into, or of a new one."""
-    cout, cin = kernel[:2]
-    elements = math.prod(kernel)
-    for group in groups:
-        cell = math.gcd(cout, group.cout), math.gcd(cin, group.cin)
-        nested = cell == (min(cout, group.cout), min(cin, group.cin))
-        mixtures = (group.elements + elements) // math.prod(cell)
-        if nested and mixtures <= max(64, math.prod(cell) // 16):
-            group.cout, group.cin = cell
-            group.elements += elements
-            return group.name
-    name = key if not groups else f"{key}_{len(groups) + 1}"
-    groups.append(_Group(name, cout, cin, elements))
-    return name
-
-
-def _example(net: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
     cfg = getattr(net, "default_cfg", None)
     first = next(iter(layers.values()))
-    if isinstance(cfg, Mapping) and "input_size" in cfg and len(cfg["input_size"]) == 3:
+    if isinstance(cfg, Mapping) and len(cfg.get("input_size") or ()) == 3:
         channels = getattr(first, "in_channels", cfg["input_size"][0])
         size = (channels, *cfg["input_size"][1:])
     elif isinstance(first, nn.Linear):
-        raise ValueError("the network's input cannot be guessed; pass example_input")
+        raise ValueError("its input cannot be guessed from a linear layer")
     else:
         sizes = {1: (256,), 2: (224, 224), 3: (32, 64, 64)}
         size = (first.in_channels, *sizes[first.weight.ndim - 2])
     return torch.empty(2, *size, dtype=first.weight.dtype, device="meta")
 
 
-def _input_shapes(net: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shape of each layer's input, in the order in which the layers run."""
+def _repeats(first: int, first_of_larger: int | None, batch: int) -> int:
+    """How many times the batch a first dimension is, given what it is for one sample more, if that is known."""
+    times, rest = divmod(first, batch)
+    if rest or (first_of_larger is not None and first_of_larger != times * (batch + 1)):
+        return 0
+    return times
+
+
+def _input_shapes(
+    net: nn.Module, layers: Mapping[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each layer's first input, in the order in which the layers run."""
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, args: tuple) -> None:
+        shapes.setdefault(name, tuple(args[0].shape))
+
     handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: shapes.setdefault(name, tuple(args[0].shape)) and None
-        )
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
     ]
     modes = {module: module.training for module in net.modules()}
     state = {name: t.to("meta") for group in (net.named_parameters, net.named_buffers) for name, t in group()}
     try:
         net.eval()
         with torch.no_grad():
-            torch.func.functional_call(net, state, (example.to("meta"),))
-    except Exception as e:
-        shape = tuple(example.shape)
-        raise ValueError(
-            f"the network has no table, and does not run on an input of shape {shape} ({e}); pass example_input, or "
-            "name the warehouses yourself with the field `warehouses`"
-        ) from e
+            torch.func.functional_call(net, state, (torch.empty(shape, dtype=dtype, device="meta"),))
     finally:
         for handle in handles:
             handle.remove()

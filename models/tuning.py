@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.selection import Implementation, Selectable, Signature, case, estimate, measured, remember, remembered
+from .convert import dynamic_layers
+from .ops.api import DynamicLayer
+from .ops.selection import Implementation, case, estimate, measured, remember, remembered
 
 MOST_BYTES = 1 << 30  # implementations that write more than this for one layer are not tried
 _FASTER = 0.97  # of the time of what is estimated to be fastest: anything nearer is the clock's
@@ -43,7 +45,7 @@ class Layer:
     """
 
     name: str
-    module: nn.Module
+    module: DynamicLayer
     x: Tensor
     y: Tensor
     signature: Any
@@ -56,8 +58,7 @@ class Layer:
     @property
     def candidates(self) -> Mapping[str, Implementation]:
         """The implementations by name."""
-        assert isinstance(self.module, Selectable)
-        return self.module.candidates(self.signature)
+        return self.module.candidates()
 
     def estimated(self) -> str:
         """The implementation that should be the fastest."""
@@ -74,7 +75,7 @@ class Layer:
         """What computes the layer in one way: see the function `step`."""
 
         def forward(x: Tensor) -> Tensor:
-            self.module.implementation = implementation  # pyright: ignore[reportAttributeAccessIssue]
+            self.module.implementation = implementation
             return self.module.forward(x)  # without hooks, whose owner does not expect the calls
 
         return step(forward, self.x, self.y, {"parameters": self.learned}, self.training)
@@ -86,14 +87,13 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
     Raises:
         ValueError: It has none.
     """
-    layers: dict[Signature, Layer] = {}
-    paths = {m: name for name, m in model.named_modules() if isinstance(m, Selectable)}
+    layers: dict[Any, Layer] = {}
+    paths = {layer: name for name, layer in dynamic_layers(model).items() if layer.candidates()}
     if not paths:
         raise ValueError("the model has no converted layer to tune")
     learned = list(model.parameters())
 
-    def note(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        assert isinstance(module, Selectable)
+    def note(module: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
         signature = module.signature(args[0])
         if signature not in layers:
             seen = args[0].detach().requires_grad_(args[0].requires_grad)

@@ -29,15 +29,15 @@ from timing import chart, layers
 from timing.clock import PRECISIONS, arithmetic, autocast, step
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
-from timing.networks import FOLDED, Contender, Pair, compiled
+from timing.networks import MERGED, Contender, Pair, compiled
 from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from torch import Tensor, nn
 
-from kernelwarehouse import ConfigError, KWConfig
+from kernelwarehouse import ConfigError, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
-from kernelwarehouse.models import fold_
+from kernelwarehouse.models import get_operator
 from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
 from kernelwarehouse.models.tuning import distinct_layers, implementations, measure, tune
 
@@ -94,10 +94,10 @@ def check_case(
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
-    worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in FOLDED)))
+    worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in MERGED)))
     net, x = net.double().eval(), x.double()
     others = [compiled] if mode else []
-    others += [lambda net, _: fold_(net, x)] if FOLDED.keys() & set(implementations) else []  # in place, so the last
+    others += [lambda net, _: merge_(net, x)] if MERGED.keys() & set(implementations) else []  # in place, so the last
     if others:
         worst = max(worst, check_outputs(net, x, (other(net, mode) for other in others)))
     return worst
@@ -130,9 +130,10 @@ def time_networks(
     """Time everything that was asked for; the networks of one mode, precision and batch come together."""
     for case in cases:
         contenders = case.pair.contenders(arguments.implementation)
-        built = {contender: contender.build(device) for contender in contenders if contender.name not in FOLDED}
+        built = {contender: contender.build(device) for contender in contenders if contender.name not in MERGED}
         config = case.pair.converted
-        budget = config.kw.get("cell_num_ratio", KWConfig().cell_num_ratio)
+        defaults = get_operator(config.operator).Config()
+        budget = config.operator_fields.get("cell_num_ratio", getattr(defaults, "cell_num_ratio", None))
         for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
             train, networks, results = mode == "train", {}, []
             for contender in contenders:
@@ -217,7 +218,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=_positive(int), nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     add("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
     add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
-    names = [*(name for name in NAMES if name != "grouped"), *FOLDED]
+    names = [*(name for name in NAMES if name != "grouped"), *MERGED]
     add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
     modes = ("default", "reduce-overhead", "max-autotune")
     text = "compile every network by torch.compile; a GPU captures graphs of its kernels with reduce-overhead"

@@ -22,8 +22,8 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor
 from tqdm import tqdm
 
-from kernelwarehouse.configs.schema import load_config
 from kernelwarehouse.datasets import Finish, build_dataset, build_train_loader
+from kernelwarehouse.models import read_config
 
 RECIPE = "resnet18/kw1x_resnet18"
 BATCH = 50
@@ -47,7 +47,7 @@ def write_photographs(folder: Path, count: int) -> float:
 def loaders(folder: Path) -> dict[str, Iterable[tuple[Tensor, Tensor]]]:
     """Our loader and timm's, of the same images by the same recipe."""
     fields = {"data_path": str(folder), "data_set": "IMNET", "nb_classes": 2, "batch_size": BATCH, "num_workers": 0}
-    config = load_config(RECIPE, {**fields, "device": "cpu"})
+    config = read_config(RECIPE, {**fields, "device": "cpu"})
     run = config.run
     timm_loader = create_loader(
         create_dataset("", folder, split="train"),

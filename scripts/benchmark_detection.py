@@ -23,7 +23,7 @@ from timing.parity import check_parity
 from torch import nn
 
 import kernelwarehouse.detection  # noqa: F401  # prepares mmdet, which is imported after it
-from kernelwarehouse import ConfigError, build_model
+from kernelwarehouse import ConfigError, build_model, plans
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models.tuning import measure
 
@@ -40,15 +40,15 @@ def read(name: str) -> Config:
     """Return a configuration from its file or its name.
 
     Raises:
-        ConfigError: No such file, or a detector other than a Mask R-CNN on a `KWBackbone`.
+        ConfigError: No such file, or a detector other than a Mask R-CNN on a `DynamicBackbone`.
     """
     path = next((p for p in (Path(name), CONFIGS / f"{name}.py") if p.is_file()), None)
     if path is None:
         raise ConfigError(f"{name}: no such configuration file, and {CONFIGS} has none of this name")
     config = Config.fromfile(path)
-    if config.model.type != "MaskRCNN" or config.model.backbone.type != "KWBackbone":
+    if config.model.type != "MaskRCNN" or config.model.backbone.type != "DynamicBackbone":
         raise ConfigError(
-            f"{path}: is a {config.model.type} on a {config.model.backbone.type}; this times MaskRCNN on KWBackbone"
+            f"{path}: is a {config.model.type} on a {config.model.backbone.type}; MaskRCNN on DynamicBackbone is timed"
         )
     return config
 
@@ -102,7 +102,7 @@ def check_backbone(config: Config, device: torch.device) -> None:
     """
     backbone = config.model.backbone
     net = build_model(backbone.config, **(backbone.get("overrides") or {})).to(device)
-    if hasattr(net, "warehouses"):
+    if plans(net):
         check_parity(net, torch.randn(2, 3, 96, 64, device=device))
 
 

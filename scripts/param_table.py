@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelwarehouse import build_model
-from kernelwarehouse.configs.schema import find_config, load_config
+from kernelwarehouse import build_model, plans
+from kernelwarehouse.configs.schema import find_config
+from kernelwarehouse.models import read_config
 
 # Published by the authors on ImageNet: parameters in millions, top-1 in percent. DeiT has no published table of ours.
 PUBLISHED = {
@@ -46,9 +47,8 @@ def rows() -> list[tuple[str, ...]]:
         for file in files:
             net = build_model(file)
             if static_macs is None:
-                static_macs = convolution_macs(net, load_config(file).model.input_size)
-            warehouses = getattr(net, "warehouses", None)
-            mixing = f"{warehouses.plan.mixing_macs / 1e9:.3f}" if warehouses is not None else "–"
+                static_macs = convolution_macs(net, read_config(file).model.input_size)
+            mixing = f"{sum(plan.mixing_macs for plan in plans(net)) / 1e9:.3f}" if plans(net) else "–"
             parameters = sum(p.numel() for p in net.parameters()) / 1e6
             published = PUBLISHED.get(file.stem, ("–", "–"))
             table.append(

@@ -22,10 +22,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from kernelwarehouse.configs.schema import Config, ConfigError, load_config
+from kernelwarehouse.configs.schema import Config, ConfigError
 from kernelwarehouse.datasets import eval_transform
 from kernelwarehouse.engine import check_picture
-from kernelwarehouse.models import CheckpointError, build_model, load_checkpoint, read_checkpoint, set_temperature
+from kernelwarehouse.models import (
+    CheckpointError,
+    build_model,
+    dynamic_layers,
+    load_checkpoint,
+    plans,
+    read_checkpoint,
+    read_config,
+)
 
 # Assignments are marked up to so many mixtures in a heat map, beyond which the dots would cover it.
 MARKED = 400
@@ -65,12 +73,11 @@ def load(checkpoint: Path, key: str) -> tuple[nn.Module, Config]:
     content = read_checkpoint(checkpoint)
     if "config" not in content:
         raise CheckpointError(f"{checkpoint}: holds no configuration; checkpoints of main.py do")
-    config = load_config(content["config"])
+    config = read_config(content["config"])
     model = build_model(config.model, pretrained=False)
     load_checkpoint(model, checkpoint, key)
-    set_temperature(model, content.get("temperature", 0.0))
-    if not hasattr(model, "warehouses"):
-        raise CheckpointError(f"{checkpoint}: {config.model.model} is a static network, without attention")
+    if not any(hasattr(layer, "attention") for layer in dynamic_layers(model).values()):
+        raise CheckpointError(f"{checkpoint}: {config.model.model} has no attention over what layers share")
     return model.eval(), config
 
 
@@ -92,8 +99,8 @@ def read_images(paths: Sequence[Path], config: Config) -> Tensor:
 def collect(model: nn.Module, images: Tensor) -> list[LayerAttention]:
     """Return the attention of each converted layer to the images, in the order of the network's modules."""
     found: dict[str, Tensor] = {}
-    plans = {layer.name: layer for layer in model.warehouses.plan.layers}
-    attentions = {name: model.get_submodule(name).attention for name in plans}
+    shared = {layer.name: " ".join(layer.shares) for plan in plans(model) for layer in plan.layers}
+    attentions = {name: layer.attention for name, layer in dynamic_layers(model).items() if hasattr(layer, "attention")}
     hooks = [
         attention.register_forward_hook(lambda _module, _input, output, name=name: found.update({name: output}))
         for name, attention in attentions.items()
@@ -102,8 +109,7 @@ def collect(model: nn.Module, images: Tensor) -> list[LayerAttention]:
     for hook in hooks:
         hook.remove()
     return [
-        LayerAttention(name, plans[name].warehouse, a.own_cells, a.assignment, found[name])
-        for name, a in attentions.items()
+        LayerAttention(name, shared[name], a.own_cells, a.assignment, found[name]) for name, a in attentions.items()
     ]
 
 

@@ -1,13 +1,25 @@
-"""What tests of all folders share."""
+"""What tests of all folders share; nothing here or before imports torch, which reads the environment only once."""
+
+import os
 
 import pytest
 
-from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget
+# A machine that pretends to have fewer instructions (models/ops/native/README.md) pretends so to torch and oneDNN too.
+_PRETENDED = {
+    "avx2": ("avx2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16"),
+}
+if os.environ.get("KERNELWAREHOUSE_CPU") in _PRETENDED:
+    capability, isa = _PRETENDED[os.environ["KERNELWAREHOUSE_CPU"]]
+    os.environ.update(ATEN_CPU_CAPABILITY=capability, ONEDNN_MAX_CPU_ISA=isa)
 
 
 @pytest.fixture
 def untuned():
     """Nothing is known of what is fastest, before the test and after it."""
+    from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget
+
     forget()
     yield
     forget()

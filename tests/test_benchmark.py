@@ -132,7 +132,7 @@ def test_nothing_is_printed_of_a_folded_network_that_differs(benchmark, monkeypa
             next(net.warehouses.parameters()).add_(1e-6)
         return net
 
-    monkeypatch.setattr(benchmark, "fold_", fold_wrong)
+    monkeypatch.setattr(benchmark, "merge_", fold_wrong)
     with pytest.raises(SystemExit, match="differ by"):
         run(benchmark, monkeypatch, "--implementation", "folded")
     assert not capsys.readouterr().out

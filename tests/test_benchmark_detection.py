@@ -81,7 +81,7 @@ ERRORS = {
     (
         "--configs",
         "retinanet_kw1x_resnet50",
-    ): f"{CONFIG_FOLDER}/retinanet_kw1x_resnet50.py: is a RetinaNet on a KWBackbone",
+    ): f"{CONFIG_FOLDER}/retinanet_kw1x_resnet50.py: is a RetinaNet on a DynamicBackbone",
     ("--rounds", "0"): "--rounds: at least 1 is needed, found 0",
     ("--size", "320", "8"): "--size: at least 32 is needed, found 8",
     ("--json", "nowhere/seconds.json"): "--json: nowhere/seconds.json",

@@ -38,8 +38,8 @@ def file(tmp_path):
 def test_the_file_wins_over_defaults_and_the_command_line_over_the_file(file):
     config = parse_arguments(["--kw_config", file, "--epochs", "5", "--cell_num_ratio", "2"])
     assert (config.run.lr, config.run.batch_size, config.run.epochs) == (4e-3, 256, 5)
-    assert config.model.kw["cell_num_ratio"] == 2.0
-    assert config.model.kw["sharing_range"] == ("layer", "conv")
+    assert config.model.operator_fields["cell_num_ratio"] == 2.0
+    assert config.model.operator_fields["sharing_range"] == ("layer", "conv")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_values_have_the_type_of_their_field(file, words, field, value):
     ],
 )
 def test_one_ratio_is_a_number_and_several_are_one_for_each_warehouse(file, words, field, value):
-    assert parse_arguments(["--kw_config", file, *words.split()]).model.kw[field] == value
+    assert parse_arguments(["--kw_config", file, *words.split()]).model.operator_fields[field] == value
 
 
 def test_a_mapping_is_written_as_json(file):

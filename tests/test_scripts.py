@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from kernelwarehouse.configs.schema import load_config
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import Digits, eval_transform
-from kernelwarehouse.models import build_model, set_temperature
+from kernelwarehouse.models import build_model, plans, set_temperature
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -75,12 +75,12 @@ QUICKSTART = "quickstart/kw1x_resnet18"
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    config = load_config(QUICKSTART)
+    config = read_config(QUICKSTART)
     torch.manual_seed(0)
     path = tmp_path / "checkpoint.pth"
-    torch.save(
-        {"model": build_model(config.model).state_dict(), "config": config.to_fields(), "temperature": 0.25}, path
-    )
+    model = build_model(config.model)
+    set_temperature(model, 0.25)
+    torch.save({"model": model.state_dict(), "config": config.to_fields()}, path)
     return path
 
 
@@ -110,7 +110,7 @@ def test_the_shown_attention_is_that_of_the_network(checkpoint, pictures):
     images = module.read_images(pictures, config)
     np.testing.assert_allclose(images.mean(), model_input(config).mean(), atol=0.01)
     layers = module.collect(model, images)
-    assert [layer.name for layer in layers] == [layer.name for layer in model.warehouses.plan.layers]
+    assert [layer.name for layer in layers] == [layer.name for layer in plans(model)[0].layers]
     for layer in layers:
         assert layer.coefficients.shape == (3, *layer.assignment.shape)
         assert (layer.coefficients - 0.25 * layer.assignment).abs().sum(dim=2).max() <= 0.75
@@ -126,11 +126,11 @@ def model_input(config):
 
 
 def test_a_static_network_has_no_attention_to_show(tmp_path, pictures, monkeypatch, capsys):
-    config, path = load_config("quickstart/resnet18"), tmp_path / "static.pth"
+    config, path = read_config("quickstart/resnet18"), tmp_path / "static.pth"
     torch.save({"model": build_model(config.model).state_dict(), "config": config.to_fields()}, path)
     monkeypatch.setattr(sys, "argv", ["show_attention.py", str(path), str(pictures[0])])
     assert script("show_attention").main() == 2
-    assert capsys.readouterr().err == f"error: {path}: {config.model.model} is a static network, without attention\n"
+    assert capsys.readouterr().err == f"error: {path}: {config.model.model} has no attention over what layers share\n"
 
 
 def test_shards_are_made_of_class_folders(tmp_path, monkeypatch, capsys):

@@ -57,7 +57,7 @@ def test_4_half_precision_and_a_temperature_that_moves_with_the_model(dtype):
     y = net.to(dtype)(x.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.02)
-    assert net.warehouses.temperature.dtype == dtype
+    assert net.layer1[0].conv2.temperature.value.dtype == dtype
     assert {t.device.type for t in net.to("meta").buffers()} == {"meta"}
 
 
@@ -84,7 +84,7 @@ def test_6_awkward_budgets(ratio):
 
 def test_7_nonlocal_basis_ratio_on_the_command_line(command):
     config = command("--nonlocal_basis_ratio", "0.0625", "--sharing_range", "layer", "conv")
-    assert config.model.kw["nonlocal_basis_ratio"] == 0.0625
+    assert config.model.operator_fields["nonlocal_basis_ratio"] == 0.0625
     assert any(k.endswith("attention.fc3.weight") for k in build_model(config.model).state_dict())
 
 

@@ -1,8 +1,9 @@
-"""Reading configuration files and turning their fields into checked values."""
+"""Reading configuration files; and dataclasses whose fields say what they may hold, checked when they are made."""
 
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 
 import yaml
 
-T = TypeVar("T")
 PACKAGED = Path(__file__).resolve().parent.parent
 
 
@@ -77,31 +77,103 @@ def reject_unknown(fields: Iterable[str], known: Iterable[str], source: str) -> 
             raise ConfigError(f"{source}: unknown field '{name}'; did you mean '{near[0]}'?")
 
 
-def make(cls: type[T], fields: Mapping[str, Any], source: str) -> T:
-    """Make the dataclass `cls` from `fields`, with every value checked against its annotation.
+def limited(
+    default: Any = dataclasses.MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    filled: bool = False,
+) -> Any:
+    """A field of `Fields` whose numbers have limits; so has every number of a tuple. None is always allowed if typed.
 
     Args:
-        cls: A dataclass whose annotations are made of bool, int, float, str, Literal, tuple, dict and ``| None``.
-        fields: Values by field name. Numbers and booleans may be written as strings, as a command line or YAML's
-            ``4e-3`` gives them.
+        default: The field's default.
+        low: The least value.
+        high: The greatest value.
+        above: What every value is greater than.
+        below: What every value is less than.
+        filled: Whether a tuple needs at least one value.
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below, "filled": filled}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """A dataclass whose values are made what its annotations say, and held to the limits of `limited`.
+
+    Annotations may be made of bool, int, float, str, Literal, tuple, dict and ``| None``. Numbers and booleans may be
+    written as strings, as a command line or YAML's ``4e-3`` gives them. Numbers are finite.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of its limits.
+    """
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            found = getattr(self, field.name)
+            try:
+                value = _coerce(found, hints[field.name])
+            except (ValueError, TypeError, OverflowError):
+                expected = _describe(hints[field.name])
+                raise ConfigError(f"field '{field.name}': expected {expected}, found {found!r}") from None
+            if rule := _broken_limit(value, field.metadata):
+                raise ConfigError(f"field '{field.name}': must be {rule}, found {found!r}")
+            object.__setattr__(self, field.name, value)
+
+
+F = TypeVar("F", bound=Fields)
+
+
+def make(cls: type[F], fields: Mapping[str, Any], source: str) -> F:
+    """Make the dataclass `cls` from `fields`.
+
+    Args:
+        cls: Which.
+        fields: Values by field name.
         source: What to name in errors, such as the file's path.
 
     Raises:
-        ConfigError: An unknown field, a value of the wrong type, or one that `cls` itself refuses.
+        ConfigError: An unknown field, a missing one, or a value that `cls` refuses.
     """
-    hints = typing.get_type_hints(cls)
-    reject_unknown(fields, [f.name for f in dataclasses.fields(cls)], source)
-    values = {}
-    for name, value in fields.items():
-        try:
-            values[name] = _coerce(value, hints[name])
-        except ValueError:
-            expected = _describe(hints[name])
-            raise ConfigError(f"{source}: field '{name}': expected {expected}, found {value!r}") from None
+    names = [f.name for f in dataclasses.fields(cls)]
+    reject_unknown(fields, names, source)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in fields:
+            raise ConfigError(f"{source}: field '{field.name}' is missing")
     try:
-        return cls(**values)
+        return cls(**fields)
     except ConfigError as e:
         raise ConfigError(f"{source}: {e}") from None
+
+
+def _broken_limit(value: Any, limits: Mapping[str, Any]) -> str | None:
+    """The limits in words, if a value or an item of it is outside of them or not finite."""
+    items = list(value) if isinstance(value, tuple) else [value]
+    numbers = [v for v in items if isinstance(v, int | float) and not isinstance(v, bool)]
+    if limits.get("filled") and value == ():
+        return "at least one value"
+    tests = {
+        "low": (lambda v, limit: v >= limit, "at least {:g}"),
+        "above": (lambda v, limit: v > limit, "above {:g}"),
+        "high": (lambda v, limit: v <= limit, "at most {:g}"),
+        "below": (lambda v, limit: v < limit, "below {:g}"),
+    }
+    given = {name: limits[name] for name in tests if limits.get(name) is not None}
+    if all(math.isfinite(v) and all(tests[name][0](v, limit) for name, limit in given.items()) for v in numbers):
+        return None
+    if given == {"above": 0}:
+        words = "positive"
+    elif given == {"low": 0, "high": 1}:
+        words = "between 0 and 1"
+    else:
+        words = " and ".join(tests[name][1].format(limit) for name, limit in given.items())
+    words = " and ".join(filter(None, (words, "" if all(map(math.isfinite, numbers)) else "finite")))
+    return f"{words} each" if isinstance(value, tuple) else words
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,9 +215,13 @@ def _coerce(value: Any, hint: Any) -> Any:
         return _coerce_bool(value)
     elif isinstance(value, bool):
         pass
-    elif hint is float:
+    elif hint is float and isinstance(value, int | float | str):
         return float(value)
-    elif hint is int and not (isinstance(value, float) and not value.is_integer()):
+    elif (
+        hint is int
+        and isinstance(value, int | float | str)
+        and not (isinstance(value, float) and not value.is_integer())
+    ):
         return int(value)
     raise ValueError(value)
 

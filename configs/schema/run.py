@@ -1,13 +1,13 @@
 """The fields that describe a run: data, augmentation, optimisation, and what is kept of it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
-from .fields import ConfigError
+from .fields import ConfigError, Fields, limited
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Fields):
     """A training or evaluation run. Names and defaults are upstream's unless said otherwise.
 
     Attributes:
@@ -47,8 +47,9 @@ class RunConfig:
         min_lr: Where the cosine ends.
         warmup_epochs: Epochs of linear warm-up.
         warmup_steps: Optimizer steps of linear warm-up, when positive; it replaces warmup_epochs.
-        temp_epoch: Epochs over which the attention's temperature falls linearly to 0.
-        temp_init_value: Temperature at the first step.
+        temp_epoch: Epochs over which the operator's temperature goes from its start to its end; default: those of its
+            paper, or a third of the run if that is shorter.
+        temp_init_value: Where the temperature starts; default: the operator's own.
         model_ema: Keep an exponential moving average of the weights.
         model_ema_decay: Its decay.
         model_ema_eval: Evaluate it after each epoch too.
@@ -98,13 +99,13 @@ class RunConfig:
     data_set: Literal["DIGITS", "IMNET", "image_folder", "WDS", "CIFAR10", "CIFAR100", "FMNIST"] = "DIGITS"
     data_path: str = ""
     eval_data_path: str | None = None
-    skip_corrupt: int = 0
-    num_workers: int = 10
+    skip_corrupt: int = limited(0, low=0)
+    num_workers: int = limited(10, low=0)
     pin_mem: bool = True
-    batch_size: int = 64
-    update_freq: int = 1
-    epochs: int = 300
-    start_epoch: int = 0
+    batch_size: int = limited(64, low=1)
+    update_freq: int = limited(1, low=1)
+    epochs: int = limited(300, low=1)
+    start_epoch: int = limited(0, low=0)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     use_amp: bool = False
@@ -118,51 +119,51 @@ class RunConfig:
     opt_eps: float | None = 1e-8
     opt_betas: tuple[float, ...] | None = None
     momentum: float = 0.9
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None
-    layer_decay: float = 1.0
-    clip_grad: float | None = None
-    max_bad_steps: int = 10
-    lr: float = 4e-3
+    weight_decay: float = limited(0.05, low=0)
+    weight_decay_end: float | None = limited(None, low=0)
+    layer_decay: float = limited(1.0, above=0, high=1)
+    clip_grad: float | None = limited(None, above=0)
+    max_bad_steps: int = limited(10, low=0)
+    lr: float = limited(4e-3, above=0)
     min_lr: float = 1e-6
-    warmup_epochs: float = 20
+    warmup_epochs: float = limited(20, low=0)
     warmup_steps: int = -1
-    temp_epoch: float = 20
-    temp_init_value: float = 1.0
+    temp_epoch: float | None = limited(None, low=0)
+    temp_init_value: float | None = None
     model_ema: bool = False
-    model_ema_decay: float = 0.9999
+    model_ema_decay: float = limited(0.9999, low=0, high=1)
     model_ema_eval: bool = False
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
+    mixup: float = limited(0.8, low=0)
+    cutmix: float = limited(1.0, low=0)
+    mixup_prob: float = limited(1.0, low=0, high=1)
+    mixup_switch_prob: float = limited(0.5, low=0, high=1)
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    smoothing: float = 0.1
+    smoothing: float = limited(0.1, low=0, high=1)
     aa: str | None = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
-    reprob: float = 0.25
+    reprob: float = limited(0.25, low=0, high=1)
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    recount: int = 1
+    recount: int = limited(1, low=1)
     repeated_aug: bool = False
     train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
-    crop_pct: float | None = None
+    crop_pct: float | None = limited(None, above=0)
     traditional_preprocess: bool = False
     imagenet_default_mean_and_std: bool = True
     output_dir: str = ""
     log_dir: str = ""
-    log_images: int = 16
+    log_images: int = limited(16, low=0)
     enable_wandb: bool = False
     save_ckpt: bool = True
-    save_ckpt_freq: int = 1
-    save_ckpt_steps: int = 0
-    save_ckpt_minutes: float = 0
-    save_ckpt_num: int = 3
+    save_ckpt_freq: int = limited(1, low=1)
+    save_ckpt_steps: int = limited(0, low=0)
+    save_ckpt_minutes: float = limited(0, low=0)
+    save_ckpt_num: int = limited(3, low=1)
     auto_resume: bool = True
     resume: str = ""
     finetune: str = ""
     model_key: str = "model|module|state_dict"
     eval: bool = False
-    eval_sizes: tuple[int, ...] = ()
+    eval_sizes: tuple[int, ...] = limited((), low=1)
     eval_labels: str = ""
     per_class: str = ""
     confusion: str = ""
@@ -173,27 +174,14 @@ class RunConfig:
     local_rank: int = -1
 
     def __post_init__(self):
-        for name in ("batch_size", "update_freq", "epochs", "recount", "save_ckpt_freq", "save_ckpt_num"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_workers", "start_epoch", "weight_decay", "warmup_epochs", "mixup", "cutmix", "temp_epoch"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay", "temp_init_value"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        self._require("skip_corrupt", self.skip_corrupt >= 0, "at least 0")
-        for name in ("save_ckpt_steps", "save_ckpt_minutes", "max_bad_steps", "log_images"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require("weight_decay_end", (self.weight_decay_end or 0) >= 0, "at least 0, or null for no schedule")
-        self._require("eval_sizes", all(size >= 1 for size in self.eval_sizes), "at least 1 pixel each")
-        one_size = len(self.eval_sizes) < 2 or not (self.per_class or self.confusion or self.predictions)
-        self._require("eval_sizes", one_size, "a single size where predictions are written or drawn")
-        self._require("tune", not (self.tune and self.compile), "false with 'compile', which is code of its own")
-        alone = "false with 'sync_bn', for which processes would have to time the same together"
-        self._require("tune", not (self.tune and self.sync_bn), alone)
-        self._require("lr", self.lr > 0, "positive")
-        self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
-        self._require("clip_grad", self.clip_grad is None or self.clip_grad > 0, "positive, or null for none")
-        self._require("crop_pct", self.crop_pct is None or self.crop_pct > 0, "positive")
+        super().__post_init__()
+        written = self.per_class or self.confusion or self.predictions
+        if len(self.eval_sizes) > 1 and written:
+            self._refuse("eval_sizes", "a single size where predictions are written or drawn")
+        if self.tune and self.compile:
+            self._refuse("tune", "false with 'compile', which is code of its own")
+        if self.tune and self.sync_bn:
+            self._refuse("tune", "false with 'sync_bn', for which processes would have to time the same together")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ConfigError(f"field '{name}': must be {rule}, found {getattr(self, name)!r}")
+    def _refuse(self, name: str, rule: str) -> NoReturn:
+        raise ConfigError(f"field '{name}': must be {rule}; found {getattr(self, name)!r}")

@@ -5,7 +5,7 @@ _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "_base_/coco_instance.py"
 model = dict(
     backbone=dict(
         _delete_=True,
-        type="KWBackbone",
+        type="DynamicBackbone",
         config="configs/convnext/convnext_tiny.json",
         overrides=dict(layer_scale_init_value=1.0),
         out_norm=True,

@@ -21,7 +21,7 @@ model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[63.75, 63.75, 63.75]),
     backbone=dict(
         _delete_=True,
-        type="KWBackbone",
+        type="DynamicBackbone",
         config="configs/quickstart/kw1x_resnet18.json",
         overrides=dict(in_chans=3, model_kwargs=dict(channels=channels)),
         norm_eval=False,  # the classifier's statistics are those of white digits on black
@@ -87,7 +87,8 @@ test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
+    # Layers share cells, which mmengine would add for each of them.
+    paramwise_cfg=dict(norm_decay_mult=0.0, bypass_duplicate=True),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [

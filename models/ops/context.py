@@ -6,7 +6,7 @@ from torch import Tensor
 
 def exporting() -> bool:
     """Whether a graph is made that will run elsewhere, for inputs of any size."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def computing_type(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -46,25 +46,6 @@ class Implementation(ABC):
     def workspace(self, signature) -> int:
         """Bytes that a call writes besides its output."""
         return 0
-
-
-@runtime_checkable
-class Selectable(Protocol):
-    """A layer that is computed by one of several implementations.
-
-    Attributes:
-        implementation: "auto", or the name of the one that is to be taken.
-    """
-
-    implementation: str
-
-    def signature(self, x: torch.Tensor) -> Signature:
-        """What decides how the layer is computed for an input."""
-        ...
-
-    def candidates(self, signature: Signature) -> Mapping[str, Implementation]:
-        """The implementations by name."""
-        ...
 
 
 _MOST_SELECTED = 4096

@@ -22,7 +22,6 @@ A warehouse is read once a batch: each layer pays for its own cells. Products wi
 queries and keys, have operations only.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model
-from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
+from kernelwarehouse.models import DynamicLayer
 
 from .clock import HALF, arithmetic
 
@@ -131,14 +130,14 @@ def _layers(config: ModelConfig) -> tuple[list[list[Work]], int]:
     layers: list[list[Work]] = []
 
     def note(layer: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> None:
-        if isinstance(layer, KWLayer):
-            layers.append(_converted(layer, y[0].numel() // layer.partition.kernel[0]))
+        if isinstance(layer, DynamicLayer):
+            layers.append([Work(*order) for order in layer.orders(y)])
         else:
             values = sum(p.numel() for p in layer.parameters())
             layers.append([Work(layer.weight[0].numel() * y[0].numel(), values)])
 
     for module in net.modules():
-        if isinstance(module, (KWLayer, *_LAYERS)):
+        if isinstance(module, (DynamicLayer, *_LAYERS)):
             module.register_forward_hook(note)
     side = config.input_size
     try:
@@ -147,20 +146,3 @@ def _layers(config: ModelConfig) -> tuple[list[list[Work]], int]:
     except (AssertionError, RuntimeError, ValueError) as e:
         raise ConfigError(f"{config.model} cannot take images of {side}×{side}: {e}") from e
     return layers, counter.get_total_flops() // 2
-
-
-def _converted(layer: KWLayer, positions: int) -> list[Work]:
-    """The orders of work of one layer with P output positions."""
-    partition, n = layer.partition, len(layer.cells)
-    kernel, cell = math.prod(partition.kernel), math.prod(partition.cell)
-    *_, blocks_out, _ = partition.grid
-    hidden = layer.attention.fc1.out_features
-    own = len(layer.attention.own_cells) * cell
-    orders = [
-        Work(kernel * (n + positions), own),
-        Work(kernel * (hidden + 1 + positions), kernel * (hidden + 1), shared=kernel * n * hidden),
-    ]
-    if layer.geometry.groups == 1:
-        mixed = n * math.prod(partition.cell[1:]) * positions
-        orders.append(Work(mixed * (partition.mixtures + blocks_out * partition.cell[0]), own))
-    return orders

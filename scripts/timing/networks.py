@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from kernelwarehouse import ConfigError, ModelConfig, build_model, set_implementation
-from kernelwarehouse.configs.schema import load_config
-from kernelwarehouse.models import fold_
+from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_, set_implementation
+from kernelwarehouse.models import find_preset, read_config, sharing
 
 from .clock import HALF
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 UPSTREAM = "upstream"
-FOLDED = {"folded": None, "folded-bf16": torch.bfloat16}  # and the type of products, None for that of the precision
+MERGED = {"merged": None, "merged-bf16": torch.bfloat16}  # and the type of products, None for that of the precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +24,7 @@ class Contender:
     """One network in one memory layout.
 
     Attributes:
-        name: What the table calls it: static, upstream, ours, one of `FOLDED`, or an implementation that is forced.
+        name: What the table calls it: static, upstream, ours, one of `MERGED`, or an implementation that is forced.
         config: Its configuration.
         layout: Memory layout of weights and images, a name in `LAYOUTS`.
         implementation: As `set_implementation`; None for the static network.
@@ -52,16 +51,17 @@ class Contender:
         if self.implementation:
             set_implementation(net, self.implementation)
         if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
-            for cells in net.warehouses.parameters():
-                cells.data = cells.data.contiguous()
+            for name in sharing(net):
+                cells = net.get_parameter(name)
+                cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
         return net
 
     def build_for(self, images: Tensor, precision: str) -> nn.Module:
-        """Build the network to run on such images; the folded ones are folded for them."""
+        """Build the network to run on such images; the merged ones are merged for them."""
         net = self.build(images.device)
-        if self.name not in FOLDED:
+        if self.name not in MERGED:
             return net
-        return fold_(net.eval(), images, dtype=FOLDED[self.name] or HALF.get(precision))
+        return merge_(net.eval(), images, dtype=MERGED[self.name] or HALF.get(precision))
 
     def images(self, batch: int, device: torch.device) -> Tensor:
         """Random images (batch, in_chans, side, side) in the contender's layout."""
@@ -100,17 +100,19 @@ class Pair:
         """
         size = {} if side is None else {"input_size": side}
         ratio = {} if budget is None else {"cell_num_ratio": budget}
-        converted = dataclasses.replace(load_config(model, {**size, **ratio}).model, pretrained=False)
-        if not _is_converted(converted):
+        converted = dataclasses.replace(read_config(model, {**size, **ratio}).model, pretrained=False)
+        if converted.operator is None:
             raise ConfigError(
                 f"{model}: {converted.model} is a static network; give the configuration of a converted one"
             )
         if static is None:
-            twin = dataclasses.replace(converted, model=converted.model.split("_", 1)[1], kw={})
+            twin = dataclasses.replace(
+                converted, model=find_preset(converted.model).backbone, operator=None, operator_fields={}
+            )
         else:
             images = {"in_chans": converted.in_chans, "input_size": converted.input_size, "pretrained": False}
-            twin = load_config(static, images).model
-            if _is_converted(twin):
+            twin = read_config(static, images).model
+            if twin.operator is not None:
                 raise ConfigError(
                     f"{static}: {twin.model} is a converted network; give the configuration of a static one"
                 )
@@ -118,13 +120,9 @@ class Pair:
 
     def contenders(self, implementations: Sequence[str] = ()) -> list[Contender]:
         """The static network, upstream's formulation as upstream lays it out, ours, and what else is asked for."""
-        ours = {"ours": "auto", **{name: "auto" if name in FOLDED else name for name in implementations}}
+        ours = {"ours": "auto", **{name: "auto" if name in MERGED else name for name in implementations}}
         return [
             *(Contender("static", self.static, layout) for layout in LAYOUTS),
             Contender(UPSTREAM, self.converted, "NCHW", "grouped"),
             *(Contender(name, self.converted, layout, forced) for name, forced in ours.items() for layout in LAYOUTS),
         ]
-
-
-def _is_converted(config: ModelConfig) -> bool:
-    return config.model.startswith("kw")

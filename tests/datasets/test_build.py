@@ -5,13 +5,14 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from kernelwarehouse.configs.schema import ConfigError, load_config
+from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import build_dataset, build_datasets
 
 
 def config(path="", **fields):
     fixed = {"model": "resnet18", "data_set": "IMNET", "data_path": str(path), "nb_classes": 2, "input_size": 32}
-    return load_config({**fixed, **fields})
+    return read_config({**fixed, **fields})
 
 
 def make_folders(root, train="cat dog", val="cat dog"):

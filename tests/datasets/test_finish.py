@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms as T
 
-from kernelwarehouse.configs.schema import load_config
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import (
     Digits,
     Erasable,
@@ -27,7 +27,7 @@ EDGES = (3, 27, 5, 30)
 
 
 def config(**fields):
-    return load_config(PLAIN, fields)
+    return read_config(PLAIN, fields)
 
 
 def erasable(count=64, edges=EDGES):
@@ -166,7 +166,7 @@ def test_a_normalised_image_can_be_viewed_again(channels, by_imagenet):
 def test_digits_can_be_viewed_again_with_any_number_of_channels():
     stored = Digits(train=False)[0][0]
     for channels in (1, 2, 3, 5):
-        fields = load_config(
+        fields = read_config(
             {"model": "resnet18", "data_set": "DIGITS", "nb_classes": 10, "input_size": 8, "in_chans": channels}
         )
         viewed = viewable(eval_transform(fields)(stored)[None], fields)[0]

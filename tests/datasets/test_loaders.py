@@ -98,8 +98,8 @@ def test_loading_leaves_the_generators_of_the_training_alone():
 def test_repeated_augmentation_is_that_of_timm():
     """Given the same permutation: images come three times in a row, dealt to the processes in turn."""
     size, world_size = 600, 4
-    ours = [[draw.index for draw in TrainSampler(size, r, world_size, repeats=3)] for r in range(world_size)]
-    permutation = [draw.index for draw in TrainSampler(size)]
+    ours = [[draw.image for draw in TrainSampler(size, r, world_size, repeats=3)] for r in range(world_size)]
+    permutation = [draw.image for draw in TrainSampler(size)]
     for rank, indices in enumerate(ours):
         theirs = RepeatAugSampler(range(size), world_size, rank, shuffle=False, selected_round=0)
         assert indices == [permutation[i] for i in theirs]

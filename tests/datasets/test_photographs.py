@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kernelwarehouse.configs.schema import ConfigError, load_config
+from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import UNLABELLED, DataError, Finish, build_dataset, build_train_loader
 from kernelwarehouse.datasets.photographs import decode
 
@@ -39,7 +40,7 @@ def folder(tmp_path):
 
 def config(folder, **fields):
     fixed = {"model": "resnet18", "nb_classes": 2, "input_size": 32, "data_set": "IMNET", "data_path": str(folder)}
-    return load_config({**fixed, "aa": None, "reprob": 0, "batch_size": 4, "num_workers": 2, "device": "cpu"}, fields)
+    return read_config({**fixed, "aa": None, "reprob": 0, "batch_size": 4, "num_workers": 2, "device": "cpu"}, fields)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from kernelwarehouse.configs.schema import ConfigError, load_config
+from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import ClassFolders, Finish, Shards, build_dataset, build_train_loader, write_shards
 
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 
 def config(path, **fields):
     fixed = {"model": "resnet18", "nb_classes": 2, "input_size": 32, "data_set": "WDS", "data_path": str(path)}
-    return load_config({**fixed, "batch_size": 2, "num_workers": 2, "device": "cpu"}, fields)
+    return read_config({**fixed, "batch_size": 2, "num_workers": 2, "device": "cpu"}, fields)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -10,7 +10,8 @@ from timm.data import auto_augment, create_transform, random_erasing
 from timm.utils import random_seed
 from torchvision import transforms as T
 
-from kernelwarehouse.configs.schema import ConfigError, load_config
+from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import Digits, Finish, build_dataset, eval_transform, train_transform, transforms
 from kernelwarehouse.datasets.finish import statistics
 
@@ -27,7 +28,7 @@ def photograph():
 
 
 def config(**fields):
-    return load_config(PLAIN, fields)
+    return read_config(PLAIN, fields)
 
 
 def steps(transform):
@@ -141,7 +142,7 @@ def test_photographs_are_augmented_as_by_timm(fields, monkeypatch):
         interpolation=run.train_interpolation,
         re_prob=0 if plain else run.reprob,
         re_mode="pixel",
-        **statistics(run),
+        **statistics(run)._asdict(),
     )
     errors, erased = [], 0
     for seed, photograph in enumerate(PHOTOGRAPHS * 60):
@@ -201,11 +202,11 @@ def test_an_unknown_policy_is_named():
 
 def test_digits_fill_the_input_size_and_the_channels():
     fields = {"model": "resnet18", "nb_classes": 10, "input_size": 32, "reprob": 0, "in_chans": 3}
-    image, _ = build_dataset(load_config(fields), train=False)[0]
+    image, _ = build_dataset(read_config(fields), train=False)[0]
     assert image.shape == (3, 32, 32)
     assert torch.equal(image[0], image[1])
     stored = Digits(train=False)[0][0]
     restored = T.functional.resize(image[:1], 8) * 0.376 + 0.305
     assert (restored - stored).abs().mean() < 0.12  # blurred, and no other digit
-    varied = build_dataset(load_config(fields), train=True)
+    varied = build_dataset(read_config(fields), train=True)
     assert not torch.equal(varied[0][0], varied[0][0])

@@ -6,8 +6,8 @@ from mmdet.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.detection import KWBackbone, SimpleFeaturePyramid
-from kernelwarehouse.models import CheckpointError, build_model, to_upstream, warehouse_users
+from kernelwarehouse.detection import DynamicBackbone, SimpleFeaturePyramid
+from kernelwarehouse.models import CheckpointError, build_model, sharing, temperatures, to_upstream
 
 # Small networks of each family, with arguments of the backbone.
 FAMILIES = {
@@ -26,7 +26,7 @@ def fields(model, **more):
 
 def backbone(model, **more):
     options = {**FAMILIES[model.removeprefix("kw_")][1], **more}
-    return KWBackbone(fields(model), **options)
+    return DynamicBackbone(fields(model), **options)
 
 
 def classifier(model, **more):
@@ -72,7 +72,7 @@ def test_levels_above_the_chosen_ones_are_removed_with_their_cells():
     whole, part = backbone("kw_resnet18"), backbone("kw_resnet18", out_indices=(1, 2))
     sum(m.sum() for m in part(torch.randn(2, 3, 64, 64))).backward()
     assert [n for n, p in part.named_parameters() if p.grad is None] == []
-    assert set(part.net.warehouses.names) < set(whole.net.warehouses.names)
+    assert set(sharing(part.net)) < set(sharing(whole.net))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_levels_above_the_chosen_ones_are_removed_with_their_cells():
     ],
 )
 def test_static_backbones_have_the_maps_of_mmdetections_own(config, options, channels):
-    body = MODELS.build({"type": "KWBackbone", "config": config, **options}).eval()
+    body = MODELS.build({"type": "DynamicBackbone", "config": config, **options}).eval()
     assert body.out_channels == channels
     assert body.out_strides == (4, 8, 16, 32)
     with torch.no_grad():
@@ -94,14 +94,14 @@ def test_static_backbones_have_the_maps_of_mmdetections_own(config, options, cha
 
 
 def test_any_converted_backbone_of_timm_serves():
-    body = KWBackbone({"model": "kw_regnetx_002", "input_size": 64}).eval()
+    body = DynamicBackbone({"model": "kw_regnetx_002", "input_size": 64}).eval()
     with torch.no_grad():
         assert [m.shape[-1] for m in body(torch.zeros(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
 def test_the_temperature_is_zero_and_stochastic_depth_is_the_detectors_own():
-    body = KWBackbone(fields("kw_resnet18", drop_path=0.5))
-    assert body.net.warehouses.temperature == 0
+    body = DynamicBackbone(fields("kw_resnet18", drop_path=0.5))
+    assert temperatures(body.net) == {"kernel_warehouse": 0}
     assert not any(type(m).__name__ == "DropPath" for m in body.modules())
     assert any(type(m).__name__ == "DropPath" for m in backbone("kw_resnet18", drop_path=0.5).modules())
 
@@ -180,7 +180,7 @@ def train_a_step(body):
 
 def test_frozen_stages_freeze_the_warehouses_that_only_they_use():
     body = backbone("kw_resnet18", frozen_stages=2, norm_eval=False)
-    users = warehouse_users(body.net)
+    users = sharing(body.net)
     above = ("layer3.", "layer4.")
     alone = {cells for cells, layers in users.items() if not any(layer.startswith(above) for layer in layers)}
     shared = {
@@ -194,7 +194,7 @@ def test_frozen_stages_freeze_the_warehouses_that_only_they_use():
     moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
     assert not moved & alone
     assert shared <= moved
-    assert not [k for k in moved if k.startswith(("conv1", "bn1", "layer1", "layer2"))]
+    assert not [k for k in moved - shared if k.startswith(("conv1", "bn1", "layer1", "layer2"))]
     assert [k for k in moved if k.startswith("layer3") and k.endswith("running_mean")]
     assert not body.net.layer2.training
     assert body.net.layer3.training
@@ -229,7 +229,7 @@ def test_norm_eval_keeps_the_statistics_of_attentions_too(norm_eval):
 )
 def test_errors(options, message):
     with pytest.raises(ConfigError, match=message):
-        KWBackbone(fields("kw_resnet18"), **options)
+        DynamicBackbone(fields("kw_resnet18"), **options)
 
 
 def test_the_pyramid_makes_the_strides_of_an_fpn_from_one_map():

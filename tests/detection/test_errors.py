@@ -36,7 +36,7 @@ def train_with(tiny_config, tmp_path):
     ("option", "message"),
     [
         ("train_cfg.max_epoch=3", "EpochBasedTrainLoop.*unexpected keyword argument 'max_epoch'"),
-        ("model.backbone.droppath=0.1", "KWBackbone.*unexpected keyword argument 'droppath'"),
+        ("model.backbone.droppath=0.1", "DynamicBackbone.*unexpected keyword argument 'droppath'"),
         ("modle.backbone.drop_path=0.1", "--cfg-options .*unknown field 'modle'; did you mean 'model'"),
         ("train_dataloader.batchsize=4", "unknown field 'batchsize'; did you mean 'batch_size'"),
         ("max_epochs=3", "unknown field 'max_epochs'"),

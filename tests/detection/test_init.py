@@ -15,7 +15,7 @@ def run(*arguments, cwd):
 def test_a_configuration_that_imports_it_is_enough_where_mmdet_comes_later(tmp_path):
     (tmp_path / "config.py").write_text(
         'custom_imports = dict(imports=["kernelwarehouse.detection"])\n'
-        'model = dict(type="KWBackbone", config="configs/resnet18/kw1x_resnet18.json")\n'
+        'model = dict(type="DynamicBackbone", config="configs/resnet18/kw1x_resnet18.json")\n'
     )
     code = (
         "from mmengine.config import Config; config = Config.fromfile('config.py'); "

@@ -6,14 +6,14 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.detection import KWBackbone
-from kernelwarehouse.models import warehouse_users
+from kernelwarehouse.detection import DynamicBackbone
+from kernelwarehouse.models import sharing
 
 CONVNEXT = {"model": "kw_convnext_tiny", "model_kwargs": {"depths": [1, 1, 3, 1], "dims": [8, 16, 24, 32]}}
 
 
 def detector(config, **options):
-    return nn.ModuleDict({"backbone": KWBackbone(config, **options), "neck": nn.Conv2d(8, 8, 1)})
+    return nn.ModuleDict({"backbone": DynamicBackbone(config, **options), "neck": nn.Conv2d(8, 8, 1)})
 
 
 def optimizer(model, **fields):
@@ -41,12 +41,14 @@ def test_each_block_learns_slower_than_the_one_above_and_the_heads_at_the_full_r
         *(f"stages.2.blocks.{i}" for i in range(3)),
         "stages.3.blocks.0",
     ]
+    shared = sharing(model)
     for below, block in zip(range(6, 0, -1), blocks, strict=True):
-        of_block = {rate for name, rate in rates.items() if name.startswith(f"backbone.net.{block}.")}
+        own = {name: rate for name, rate in rates.items() if name not in shared}
+        of_block = {rate for name, rate in own.items() if name.startswith(f"backbone.net.{block}.")}
         assert of_block == {0.5**below}
     assert {rates["neck.weight"], rates["backbone.norm3.weight"]} == {1.0}
     assert {rate for name, rate in rates.items() if name.startswith("backbone.net.stem")} == {0.5**7}
-    for cells, layers in warehouse_users(model).items():
+    for cells, layers in shared.items():
         assert rates[cells] == max(rate for n, rate in rates.items() if n.startswith(tuple(f"{m}." for m in layers)))
 
 
@@ -90,7 +92,7 @@ def test_errors(fields, message):
 
 
 def test_layers_need_a_backbone_to_be_counted_in():
-    with pytest.raises(ConfigError, match="ModuleDict holds no KWBackbone"):
+    with pytest.raises(ConfigError, match="ModuleDict holds no DynamicBackbone"):
         optimizer(nn.ModuleDict({"neck": nn.Linear(2, 2)}), layer_decay=0.9)
 
 

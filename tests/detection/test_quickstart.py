@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from kernelwarehouse.configs.schema import load_config
+from kernelwarehouse.models import read_config
 from kernelwarehouse.detection import test, train
 from kernelwarehouse.models import build_model, read_checkpoint
 
@@ -39,7 +39,7 @@ def classifiers(tmp_path):
     paths = {}
     for name, classifier in CONFIGS.items():
         overrides = Config.fromfile(config_file(name)).model.backbone.overrides.to_dict()
-        config = load_config(f"quickstart/{classifier}", overrides)
+        config = read_config(f"quickstart/{classifier}", overrides)
         torch.manual_seed(1)
         paths[name] = tmp_path / f"{name}.pth"
         torch.save({"model": build_model(config.model).state_dict(), "config": config.to_fields()}, paths[name])

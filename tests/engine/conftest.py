@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-from kernelwarehouse.configs.schema import load_config
+from kernelwarehouse.models import read_config
 from kernelwarehouse.engine import World
 from kernelwarehouse.engine.keeper import Keeper
 from kernelwarehouse.engine.log import Progress
@@ -41,7 +41,7 @@ class InOrder(SequentialSampler):
 @pytest.fixture(scope="session")
 def tiny_config():
     """A function from fields to a configuration that trains within seconds."""
-    return lambda **fields: load_config(TINY, fields)
+    return lambda **fields: read_config(TINY, fields)
 
 
 @pytest.fixture

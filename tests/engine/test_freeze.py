@@ -10,7 +10,7 @@ from torch import nn
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import Training
 from kernelwarehouse.engine.freeze import freeze_parameters, train_mode
-from kernelwarehouse.models import build_model, warehouse_users
+from kernelwarehouse.models import build_model, shared_labels, sharing
 
 SMALL = {"model": "kw_resnet18", "model_kwargs": {"channels": [8, 8, 8, 8]}, "nb_classes": 10, "in_chans": 1}
 
@@ -20,14 +20,15 @@ def frozen(model):
 
 
 def test_shared_cells_are_frozen_with_the_last_layer_that_uses_them():
-    cells, users = next(iter(warehouse_users(build_model(SMALL)).items()))
+    cells, users = next(iter(sharing(build_model(SMALL)).items()))
     assert len(users) > 1
     patterns = [rf"{re.escape(user)}\..*" for user in users]
     some, every, named = (build_model(SMALL) for _ in range(3))
     freeze_parameters(some, patterns[:-1])
     freeze_parameters(every, patterns)
-    freeze_parameters(named, [re.escape(cells)])
+    freeze_parameters(named, [shared_labels(named)[cells]])
     assert cells not in frozen(some)
+    assert cells.startswith(users[0])  # where they are saved does not freeze them, who uses them does
     assert {n.rpartition(".attention")[0] for n in frozen(some)} == set(users[:-1])
     assert cells in frozen(every)
     assert frozen(named) == {cells}

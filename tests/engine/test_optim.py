@@ -7,7 +7,7 @@ from torch import nn
 from kernelwarehouse.configs.schema import ConfigError, RunConfig
 from kernelwarehouse.engine.optim import build_optimizer, parameter_groups, parameter_layers
 from kernelwarehouse.engine.schedule import set_lr
-from kernelwarehouse.models import build_model, warehouse_users
+from kernelwarehouse.models import build_model, sharing
 
 FAMILIES = {
     "resnet18": {"channels": [8, 8, 8, 8]},
@@ -56,7 +56,7 @@ def test_layer_decay_slows_each_layer_below_the_classifier(family, prefix):
 def test_shared_cells_learn_at_the_rate_of_the_last_layer_that_uses_them():
     model = build_model({"model": "kw_resnet18", "model_kwargs": FAMILIES["resnet18"], "sharing_range": "layer_conv"})
     layers = parameter_layers(model)
-    users = warehouse_users(model)
+    users = sharing(model)
     assert any(len(modules) > 1 for modules in users.values())
     for cells, modules in users.items():
         of_users = [{v for k, v in layers.items() if k.startswith(f"{m}.")} for m in modules]

@@ -19,7 +19,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 @pytest.fixture
 def no_work(monkeypatch):
     """Anything that reads data or builds a network fails."""
-    for name in ("build_model", "build_dataset", "build_datasets", "read_checkpoint"):
+    for name in ("build_model", "build_dataset", "build_datasets", "load_checkpoint"):
         monkeypatch.setattr(f"kernelwarehouse.engine.run.{name}", None)
 
 

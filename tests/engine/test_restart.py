@@ -286,7 +286,7 @@ def test_two_machines_start_again_when_one_loses_its_process(configure, uninterr
 @pytest.mark.parametrize("processes", [1, 2])
 def test_other_processes_keep_the_total_batch(configure, tmp_path, processes):
     """A run of one process with two micro-batches goes on as two of one, within an epoch, and the other way round."""
-    fields = {"update_freq": 3 - processes, "epochs": 1, "batch_size": 64}
+    fields = {"update_freq": 3 - processes, "epochs": 1, "temp_epoch": 0.5, "batch_size": 64}
 
     def run(count, **more):
         env = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
@@ -332,7 +332,7 @@ def test_a_total_batch_that_cannot_be_kept_says_what_to_pass(tiny_config):
 def test_a_full_disk_fails_clearly_and_loses_nothing(configure, uninterrupted, tmp_path):
     """The limit on a file's size, which no checkpoint fits from the second epoch on, stands for the disk."""
     resource = pytest.importorskip("resource")
-    assert finish(start(configure(tmp_path, epochs=1))) == [0]
+    assert finish(start(configure(tmp_path, epochs=1, temp_epoch=0.5))) == [0]
     for path in tmp_path.glob("checkpoint-0-*.pth"):
         path.unlink()
 

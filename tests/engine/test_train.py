@@ -135,26 +135,26 @@ def test_a_converted_network_trains_with_batches_of_one(tiny_config, cpu, train_
     figures = train_one_epoch(training, loader(torch.randn(3, 1, 64, 64), torch.tensor([1, 2, 3]), 1))
     assert 0 < figures["loss"] < 100
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if n.startswith("warehouses."))
+    assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if "warehouse" in n)
 
 
 def test_the_network_and_its_average_have_the_temperature_of_each_iteration(tiny_config, cpu, train_one_epoch, loader):
     config = tiny_config(epochs=4, temp_epoch=2, temp_init_value=0.8, model_ema=True, **CONVERTED)
     training = Training.build(build_model(config.model), config, cpu, iterations_per_epoch=2)
     seen = []
-    training.model.register_forward_pre_hook(lambda m, _: seen.append(m.warehouses.temperature.item()))
-    assert training.ema.module.warehouses.temperature.item() == pytest.approx(0.8)
+    training.model.register_forward_pre_hook(lambda m, _: seen.append(m.layer1[0].conv2.temperature.value.item()))
+    assert training.ema.module.layer1[0].conv2.temperature.value.item() == pytest.approx(0.8)
     data = loader(torch.randn(8, 1, 16, 16), torch.randint(10, (8,)), 4)
     for expected in (0.4, 0.0, 0.0):
         train_one_epoch(training, data)
         training.set_temperature()
-        assert training.ema.module.warehouses.temperature.item() == pytest.approx(expected)
-        assert training.model.warehouses.temperature.item() == pytest.approx(expected)
+        assert training.ema.module.layer1[0].conv2.temperature.value.item() == pytest.approx(expected)
+        assert training.model.layer1[0].conv2.temperature.value.item() == pytest.approx(expected)
     assert seen == pytest.approx([0.6, 0.4, 0.2, 0, 0, 0])
 
 
 def test_a_static_network_has_no_temperature(tiny_config, cpu):
-    assert Training.build(linear_net(), tiny_config(temp_epoch=20), cpu, 5).temperature == 0
+    assert Training.build(linear_net(), tiny_config(temp_epoch=20), cpu, 5).temperatures == {}
 
 
 def test_the_average_follows_the_weights(tiny_config, cpu, train_one_epoch, loader):
@@ -234,15 +234,16 @@ def test_synchronised_norms_need_gpus(tiny_config, cpu):
 
 
 def test_synchronised_norms_replace_all_norms_and_keep_the_network(tiny_config):
-    model = build_model(tiny_config(**CONVERTED).model)
+    model = build_model(tiny_config(**CONVERTED).model).double()
     before = copy.deepcopy(model)
     norms = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d)}
     assert any("attention" in name for name in norms)
     converted = synchronise_norms(model, torch.device("cuda"))
     assert {name for name, m in converted.named_modules() if isinstance(m, nn.SyncBatchNorm)} == norms
     assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in converted.modules())
-    images = torch.randn(2, 1, 16, 16)
-    assert torch.equal(converted.eval()(images), before.eval()(images))
+    images = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    # The two classes of norms may round differently.
+    torch.testing.assert_close(converted.eval()(images), before.eval()(images), rtol=1e-10, atol=1e-12)
 
 
 def test_there_must_be_norms_to_synchronise():

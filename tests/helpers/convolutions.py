@@ -1,18 +1,10 @@
 """Convolutions with mixed kernels of odd sizes, for the implementations that have kernels of their own."""
 
-import os
-import shutil
-
-import pytest
 import torch
 from torch import Tensor
 
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import Partition
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX") or "g++") is None, reason="there is no C++ compiler"
-)
 
 # kernel, cell, size of the input, and the convolution's arguments; fused tiles are 16 × 32 × 8 in the interpreter
 CONVOLUTIONS = {

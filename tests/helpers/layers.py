@@ -3,7 +3,7 @@
 import torch
 
 from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
-from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouses
+from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse
 from kernelwarehouse.models.ops.kernel_warehouse.naive import naive_attention, naive_mix
 
 # name: (class, input shape, module arguments, cells (n, *cell), own cells, attention arguments)
@@ -41,12 +41,12 @@ LAYERS = {
 def make(case, dtype=torch.float64):
     cls, shape, args, kwargs, cells, (start, stop), attention = LAYERS[case]
     torch.manual_seed(1)
-    warehouses = Warehouses({"w": cells}, dtype=dtype)
-    layer = cls(*args, **kwargs, warehouses=warehouses, warehouse="w", own_cells=range(start, stop), **attention)
+    warehouse = Warehouse(cells, dtype=dtype)
+    layer = cls(*args, **kwargs, warehouse=warehouse, own_cells=range(start, stop), **attention)
     with torch.no_grad():
-        for p in [*layer.parameters(), *warehouses.parameters()]:
+        for p in layer.parameters():
             p.copy_(torch.randn_like(p))
-    return layer, warehouses, torch.randn(shape, dtype=dtype)
+    return layer, torch.randn(shape, dtype=dtype)
 
 
 def naive_forward(layer, x, temperature):

@@ -13,8 +13,9 @@ from torch import nn
 import kernelwarehouse
 from kernelwarehouse import ConfigError, ModelConfig, build_model, load_checkpoint, set_temperature
 from kernelwarehouse.configs.schema import find_config
-from kernelwarehouse.models.build import PRESETS
-from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, KWLinear, Warehouses
+from kernelwarehouse.models import find_preset
+from kernelwarehouse.models.build import registered_models
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, KWLinear, Warehouse
 
 DEIT = {  # name: parameters of the static network, and of ours at 1× and 4×
     "deit_tiny": (5_717_416, 6_363_640, 22_546_360),
@@ -28,7 +29,7 @@ class TestBuildModel:
         by_name = build_model("resnet18/kw4x_resnet18", nb_classes=3)
         by_path = build_model("configs/resnet18/kw4x_resnet18.json", nb_classes=3)
         by_fields = build_model({"model": "kw_resnet18", "cell_num_ratio": 4, "lr": 0.1}, nb_classes=3)
-        by_config = build_model(ModelConfig("kw_resnet18", nb_classes=3, kw={"cell_num_ratio": 4.0}))
+        by_config = build_model(ModelConfig("kw_resnet18", nb_classes=3, operator_fields={"cell_num_ratio": 4.0}))
         (tmp_path / "own.yaml").write_text("model: kw_resnet18\ncell_num_ratio: 4\nlr: 4e-3\n")
         by_yaml = build_model(tmp_path / "own.yaml", nb_classes=3)
         shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (by_name, by_path, by_fields, by_config)]
@@ -47,12 +48,12 @@ class TestBuildModel:
         ("fields", "message"),
         [
             ({"model": "kw_resnet81"}, "no network 'resnet81'; did you mean .*kw_resnet18"),
-            ({"model": "resnet18", "cell_num_ratio": 4}, "static network.*'cell_num_ratio'.*'kw_resnet18'"),
+            ({"model": "resnet18", "cell_num_ratio": 4}, "static network.*'cell_num_ratio'.*kernel_warehouse"),
             ({"model": "kw_resnet18", "cell_num_ration": 4}, "unknown field 'cell_num_ration'.*'cell_num_ratio'"),
             ({"model": "resnet18", "model_kwargs": {"chanels": 3}}, "resnet18 refuses its arguments.*chanels"),
             ({"model": "resnet18", "layer_scale_init_value": 0.1}, "ls_init_value"),
             ({"model": "vgg11", "drop_path": 0.1, "drop_path_rule": "constant"}, "drop_path"),
-            ({"model": "kw_resnet18", "operator": "odconv"}, "one of 'kernel_warehouse'"),
+            ({"model": "kw_resnet18", "operator": "kernel_warehous"}, "converted by 'kernel_warehouse'"),
         ],
     )
     def test_errors(self, fields, message):
@@ -99,11 +100,11 @@ class TestBuildModel:
 
 
 class TestTimm:
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("name", registered_models())
     def test_a_registered_model_is_like_timms_own(self, name):
         assert name in timm.list_models("kw*")
         net = timm.create_model(name, num_classes=10).eval()
-        static = timm.create_model(PRESETS[name][0], num_classes=10).eval()
+        static = timm.create_model(find_preset(name).backbone, num_classes=10).eval()
         size = 224 if net.default_cfg["fixed_input_size"] else 32
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
@@ -135,7 +136,7 @@ class TestTimm:
 
     def test_features_only_keeps_the_cells(self):
         net = timm.create_model("kw_resnet18", features_only=True, out_indices=(1, 2, 3)).eval()
-        assert sum(isinstance(m, Warehouses) for m in net.modules()) == 1
+        assert sum(isinstance(m, Warehouse) for m in net.modules()) == 3
         assert [f.shape[1:] for f in net(torch.randn(1, 3, 64, 64))] == [(64, 16, 16), (128, 8, 8), (256, 4, 4)]
 
     def test_checkpoint_path_and_save_load(self, tmp_path):
@@ -158,14 +159,14 @@ class TestTimm:
         net = timm.create_model("kw_resnet18", channels=(8, 8, 16, 16), num_classes=3)
         ema = ModelEmaV3(net, decay=0.5)
         set_temperature(net, 0.7)
-        assert ema.module.warehouses.temperature == 0
+        assert ema.module.layer2[0].conv1.temperature.value == 0
         set_temperature(ema, 0.7)
-        assert ema.module.layer1[0].conv2.warehouses.temperature == pytest.approx(0.7)
+        assert ema.module.layer1[0].conv2.temperature.value == pytest.approx(0.7)
         with torch.no_grad():
-            net.warehouses.stage1_layer_conv.add_(1.0)
-        before = ema.module.warehouses.stage1_layer_conv.clone()
+            net.layer2[1].conv2.warehouse.weight.add_(1.0)
+        before = ema.module.layer2[1].conv2.warehouse.weight.clone()
         ema.update(net)
-        assert not torch.equal(ema.module.warehouses.stage1_layer_conv, before)
+        assert not torch.equal(ema.module.layer2[1].conv2.warehouse.weight, before)
 
 
 @pytest.mark.parametrize("name", ["kw_resnet18", "kw1d2x_mobilenetv2_050", "kw_deit_tiny"])

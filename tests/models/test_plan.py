@@ -14,7 +14,7 @@ class TestPlan:
         net = timm.create_model("efficientnet_b0").train()
         state = copy.deepcopy(net.state_dict())
         modules = [(name, id(m), m.training, len(m._forward_pre_hooks)) for name, m in net.named_modules()]
-        plan_conversion(net)
+        plan_conversion(net, KWConfig())
         assert modules == [(name, id(m), m.training, len(m._forward_pre_hooks)) for name, m in net.named_modules()]
         assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
@@ -25,7 +25,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("change", [{"layers": 3}, {"colour": 1}, {"warehouses": []}])
     def test_refuses_what_is_no_plan(self, change):
-        data = {**plan_conversion(narrow_resnet()).to_dict(), **change}
+        data = {**plan_conversion(narrow_resnet(), KWConfig()).to_dict(), **change}
         with pytest.raises(ValueError, match="not a conversion plan"):
             ConversionPlan.from_dict(data)
 
@@ -42,7 +42,7 @@ class TestPlan:
 
     def test_layers_take_cells_in_the_order_of_modules(self):
         net = timm.create_model("resnet18")
-        plan = plan_conversion(net)
+        plan = plan_conversion(net, KWConfig())
         names = [name for name, _ in net.named_modules()]
         assert [names.index(layer.name) for layer in plan.layers] == sorted(names.index(la.name) for la in plan.layers)
         ends = dict.fromkeys((w.name for w in plan.warehouses), 0)

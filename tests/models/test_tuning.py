@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from kernelwarehouse.models import KWConfig, convert_, fold_, plan_conversion, set_implementation
+from kernelwarehouse import KWConfig
+from kernelwarehouse.models import convert_, merge_, plan_conversion, set_implementation
 from kernelwarehouse.models import tuning as module
 from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer
 from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
@@ -218,9 +219,9 @@ def test_what_is_known_is_not_timed_again(network, x, clock):
 def test_there_must_be_something_to_tune(network, x):
     with pytest.raises(ValueError, match="no converted layer"):
         tune(nn.Conv2d(3, 3, 1), x, training=False)
-    folded = fold_(network.eval(), x)
+    folded = merge_(network.eval(), x)
     for layer in [m for m in folded.modules() if isinstance(m, KWLayer)]:
         if layer.products is None:
-            layer.fold()
+            layer.merge()
     with pytest.raises(ValueError, match="no converted layer"):
         tune(folded, x, training=False)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from fill import fill, images
 
-from kernelwarehouse import build_model, load_checkpoint, set_temperature
-from kernelwarehouse.configs.schema import find_config, load_config
+from kernelwarehouse import build_model, load_checkpoint, plans, set_temperature
+from kernelwarehouse.configs.schema import find_config
+from kernelwarehouse.models import read_config
 from kernelwarehouse.models import to_upstream
 
 DATA = Path(__file__).parent.parent / "data"
@@ -24,16 +25,15 @@ def upstream_state(path):
 @pytest.mark.parametrize("path", MODELS)
 def test_file_is_upstreams(path):
     assert json.loads(find_config(path).read_text()) == MODELS[path]["config"]
-    config = load_config(path)
-    assert load_config(config.to_fields()) == config
+    config = read_config(path)
+    assert read_config(config.to_fields()) == config
 
 
 @pytest.mark.parametrize("path", MODELS)
 def test_parameters_warehouses_and_names(path):
     model = build_model(path)
     assert sum(p.numel() for p in model.parameters()) == MODELS[path]["parameters"]
-    warehouses = getattr(model, "warehouses", None)
-    shapes = [list(warehouses.cells(name).shape) for name in warehouses.names] if warehouses else []
+    shapes = [list(warehouse.shape) for plan in plans(model) for warehouse in plan.warehouses]
     assert shapes == list(MODELS[path]["warehouses"].values())
     written = to_upstream(model)
     assert {key: list(value.shape) for key, value in written.items()} == MODELS[path]["state_dict"]

@@ -8,7 +8,7 @@ train_dataloader = dict(
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations", with_bbox=True),
             dict(type="RandomFlip", prob=0.5),
-            _base_.multi_scale,
+            _base_.multi_scale,  # pyright: ignore[reportAttributeAccessIssue] - mmengine reads it from that file
             dict(type="PackDetInputs"),
         ]
     )

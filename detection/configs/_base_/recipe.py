@@ -7,5 +7,6 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
+    # Layers share cells, which mmengine would add for each of them.
+    paramwise_cfg=dict(norm_decay_mult=0.0, bypass_duplicate=True),
 )

@@ -3,7 +3,8 @@
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def call(function: str, sizes: Sequence[ctypes.Array | int | float], tensors: Se
         sizes: What the C++ function takes before the threads.
         tensors: What it takes after them: contiguous, or given as the memory that is written.
     """
-    run = _function(function, tensors[0].dtype)
+    run = _function(function, next(tensor.dtype for tensor in tensors if tensor is not None))
     if run.argtypes is None:
         run.argtypes = [_ARGUMENTS.get(type(size), ctypes.c_void_p) for size in (*sizes, 1)]
         run.argtypes += [ctypes.c_void_p] * len(tensors)
@@ -64,7 +65,8 @@ def in_memory(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tens
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+def _function(name: str, dtype: torch.dtype) -> Any:
+    """A function of the library; ctypes has no public name for its class."""
     return library()[f"{name}_{_TYPES[dtype]}"]
 
 

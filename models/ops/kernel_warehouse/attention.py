@@ -1,6 +1,7 @@
 """Contrasting-driven attention: from a layer's input to the coefficients of its mixtures (paper, section 3.4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,23 @@ class Attention(Watched):
             self.basis_bias = nn.Parameter(torch.zeros((num_cells + 1) * self.mixtures, **kwargs))
         else:
             self.fc2 = Linear(hidden, (num_cells + 1) * self.mixtures, **kwargs)
-        held = torch.tensor([num_cells if cell is None else cell for cell in assignment], device=device)
-        beta = F.one_hot(held, num_cells + 1)[:, :-1].to(self.fc1.weight.dtype)
-        self.register_buffer("assignment", beta, persistent=False)
+        self.held = tuple(assignment)
+        self.register_buffer("assignment", self._beta(self.fc1.weight), persistent=False)
+        self.register_load_state_dict_post_hook(_restore_assignment)
         self.reset_parameters()
+
+    def _beta(self, like: Tensor) -> Tensor:
+        """β as a matrix (m, n), on the device and of the type of a tensor."""
+        held = [self.num_cells if cell is None else cell for cell in self.held]
+        return F.one_hot(torch.tensor(held), self.num_cells + 1)[:, :-1].to(like)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        """What `to_empty` leaves uninitialised and no state dict holds is made again."""
+        super()._apply(fn, recurse)
+        if not self.assignment.is_meta:
+            with torch.no_grad():
+                self.assignment.copy_(self._beta(self.assignment))
+        return self
 
     def reset_parameters(self) -> None:
         """Initialise as the paper: Kaiming normal over the fan out for matrices, zero for biases."""
@@ -151,6 +165,12 @@ class Attention(Watched):
         """Describe the module in `print`."""
         basis = f", basis={self.num_basis}" if self.num_basis else ""
         return f"mixtures={self.mixtures}, cells={self.num_cells}, own={self.own_cells}{basis}"
+
+
+def _restore_assignment(attention: Attention, _incompatible_keys: Any) -> None:
+    """Make β where weights have come in the place of those on meta (`load_state_dict(assign=True)`)."""
+    if attention.assignment.device != attention.fc1.weight.device:
+        attention.assignment = attention._beta(attention.fc1.weight)
 
 
 def hidden_width(in_channels: int, reduction: float) -> int:

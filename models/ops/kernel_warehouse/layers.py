@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..geometry import Geometry, Padding
 from .layer import KWLayer
-from .warehouse import Warehouses
+from .warehouse import Warehouse
 
 
 class KWConvNd(KWLayer):
@@ -88,8 +88,7 @@ class KWLinear(KWLayer):
         in_features: Size of the input's last dimension.
         out_features: Size of the output's last dimension.
         bias: Whether to add a bias.
-        warehouses: As `KWLayer`; the cells are (cout, cin, 1, …) with any number of ones.
-        warehouse: As `KWLayer`.
+        warehouse: As `KWLayer`; the cells are (cout, cin, 1, …) with any number of ones.
         **share: As `KWLayer`.
 
     Raises:
@@ -102,12 +101,11 @@ class KWLinear(KWLayer):
         out_features: int,
         bias: bool = True,
         *,
-        warehouses: Warehouses,
-        warehouse: str,
+        warehouse: Warehouse,
         **share,
     ):
-        kernel = (out_features, in_features, *(1,) * (warehouses.cells(warehouse).ndim - 3))
-        super().__init__(in_features, kernel, bias, warehouses=warehouses, warehouse=warehouse, **share)
+        kernel = (out_features, in_features, *(1,) * (warehouse.cells.ndim - 3))
+        super().__init__(in_features, kernel, bias, warehouse=warehouse, **share)
         self.geometry = Geometry.of(kernel[2:])  # tokens are the positions of a 1×1 convolution
         self.in_features = in_features
         self.out_features = out_features

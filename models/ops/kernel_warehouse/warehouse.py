@@ -1,104 +1,51 @@
-"""The shared cells of a network and its temperature."""
+"""The cells that layers share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..tied import Tied
 
-class Warehouses(nn.Module):
-    """Owns every cell of a network, and the one temperature τ of all its attentions.
 
-    It is a child of the network's root; layers refer to it without registering it, so that each parameter appears
-    once in a state dict. Called on a tensor it returns it, so that an `nn.Sequential` may own it.
-
-    Cells have the shape (n, cout, cin, *c) and lie in memory as (cout, n, cin, *c): mixing reads, for one output
-    channel after the other, that channel's row of every cell. Any other layout, as ``load_state_dict(assign=True)`` may
-    bring in, is as correct and slower. (As with weights in channels_last, safetensors wants ``contiguous()`` copies.)
+class Warehouse(Tied):
+    """The cells of one warehouse, registered in every layer that mixes from it.
 
     Attributes:
-        temperature: τ as a scalar tensor, a non-persistent buffer: 1 is the static assignment, 0 pure attention.
-        names: The warehouses' names, in their order.
-        plan: The `ConversionPlan` by which `convert_` made them, None elsewhere.
-        folded: Whether a layer was folded, which holds the temperature at 0.
+        weight: The cells as a parameter (cout, n, cin, *c), contiguous: for one output channel after the other, that
+            channel's row of every cell, which is what mixing reads.
 
     Args:
-        shapes: Shape (n, cout, cin, *c) of each warehouse by name; the order is kept.
-        device: Where the cells are.
+        shape: (n, cout, cin, *c).
+        device: Where they are.
         dtype: Their type.
 
     Raises:
-        ValueError: A name that a module cannot have, or a shape without elements.
+        ValueError: A shape without elements.
     """
 
-    temperature: Tensor
-
     def __init__(
-        self,
-        shapes: Mapping[str, Sequence[int]],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, shape: Sequence[int], device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
         super().__init__()
-        self.names = tuple(shapes)
-        self.plan: Any = None
-        self.folded = False
-        for name, shape in shapes.items():
-            if not name.isidentifier() or hasattr(self, name) or name == "temperature":
-                raise ValueError(f"warehouse {name!r}: not a usable name; take letters, digits and underscores")
-            if len(shape) < 4 or min(shape) < 1:
-                raise ValueError(f"warehouse {name!r}: cells need a shape (n, cout, cin, *c), found {tuple(shape)}")
-            n, cout, *cell = shape
-            cells = torch.zeros(cout, n, *cell, device=device, dtype=dtype).transpose(0, 1)
-            self.register_parameter(name, nn.Parameter(cells))
-        self.register_buffer("temperature", torch.zeros((), device=device, dtype=dtype), persistent=False)
+        if len(shape) < 4 or min(shape) < 1:
+            raise ValueError(f"cells need a shape (n, cout, cin, *c) of positive sizes, found {tuple(shape)}")
+        n, cout, *cell = shape
+        self.weight = nn.Parameter(torch.zeros(cout, n, *cell, device=device, dtype=dtype))
 
-    def cells(self, name: str) -> nn.Parameter:
-        """The cells (n, cout, cin, *c) of a warehouse."""
-        return getattr(self, name)
+    @property
+    def cells(self) -> Tensor:
+        """The cells (n, cout, cin, *c), a view."""
+        return self.weight.transpose(0, 1)
 
-    def keep(self, names: Collection[str]) -> None:
-        """Drop the cells of all warehouses but these."""
-        for name in self.names:
-            if name not in names:
-                delattr(self, name)
-        self.names = tuple(name for name in self.names if name in names)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Warehouses":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Warehouse":
         """Keep the cells' layout: ``to(memory_format=channels_last)`` would take them for images."""
 
-        def rows(t: Tensor) -> Tensor:
-            if t.ndim < 4:
-                return fn(t)
-            return fn(t.transpose(0, 1).flatten(1)).unflatten(1, (len(t), *t.shape[2:])).transpose(0, 1)
+        def matrix(t: Tensor) -> Tensor:
+            return fn(t.flatten(1)).view(t.shape) if t.ndim >= 4 else fn(t)
 
-        return super()._apply(rows, recurse)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x unchanged."""
-        return x
+        return super()._apply(matrix, recurse)
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
-        return "\n".join(f"{name}: {tuple(self.cells(name).shape)}" for name in self.names)
-
-
-@torch.no_grad()
-def set_temperature(model: nn.Module, value: float) -> None:
-    """Set τ of every converted network inside `model`; a static network has none and is left as it is.
-
-    Args:
-        model: A network, or a module that contains one (DDP, an EMA copy).
-        value: Between 0 (trained) and 1 (start of training).
-
-    Raises:
-        ValueError: A value outside [0, 1], or other than 0 where layers are folded.
-    """
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"the temperature must be between 0 and 1, found {value}")
-    for module in model.modules():
-        if isinstance(module, Warehouses):
-            if module.folded and value:
-                raise ValueError(f"folded layers have no temperature but 0, found {value}")
-            module.temperature.fill_(value)
+        return f"cells={tuple(self.cells.shape)}"

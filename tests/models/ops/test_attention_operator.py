@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layers import make
+from processor import needs_compiler
 from torch import nn
 
 from kernelwarehouse.models.ops.kernel_warehouse import Attention, assign, attention_operator, set_implementation
@@ -37,6 +38,7 @@ def truth(attention, x, temperature):
     return attention(x.flatten(2).mean(2), temperature)
 
 
+@needs_compiler
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("last", [True, False], ids=["channels-last", "channels-first"])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
@@ -51,6 +53,7 @@ def test_it_is_the_module(size, last, norm, train):
     torch.testing.assert_close(used, x)
 
 
+@needs_compiler
 @pytest.mark.parametrize(("channels", "cells", "mixtures", "batch"), [(3, 1, 2, 1), (24, 15, 1, 35), (130, 65, 3, 17)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_other_counts(channels, cells, mixtures, batch, dtype):
@@ -62,6 +65,7 @@ def test_other_counts(channels, cells, mixtures, batch, dtype):
         torch.testing.assert_close(alpha, truth(attention, x, torch.zeros((), dtype=dtype)))
 
 
+@needs_compiler
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_gradients(temperature, norm):
@@ -78,6 +82,7 @@ def test_gradients(temperature, norm):
     torch.testing.assert_close(gradients(alpha, received), gradients(truth(attention, x, tau), received))
 
 
+@needs_compiler
 def test_at_temperature_one_coefficients_are_the_assignment_to_the_last_digit():
     """A cell that no mixture holds gets no gradient then, not even of rounding errors, which Adam would magnify."""
     attention = attention_of(dtype=torch.float32)
@@ -88,6 +93,7 @@ def test_at_temperature_one_coefficients_are_the_assignment_to_the_last_digit():
         assert torch.equal(alpha, attention.assignment.expand_as(alpha))
 
 
+@needs_compiler
 def test_gradients_are_those_at_the_temperature_of_the_forward_pass():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True).requires_grad_(), torch.tensor(0.25).double()
@@ -97,6 +103,7 @@ def test_gradients_are_those_at_the_temperature_of_the_forward_pass():
     torch.testing.assert_close(torch.autograd.grad(alpha.square().sum(), x)[0], expected)
 
 
+@needs_compiler
 def test_logits_of_zero_have_the_gradient_that_torch_gives_them():
     attention = attention_of()
     attention.hold_assignment()
@@ -109,6 +116,7 @@ def test_logits_of_zero_have_the_gradient_that_torch_gives_them():
     torch.testing.assert_close(torch.autograd.grad(alpha, weights, received), expected)
 
 
+@needs_compiler
 def test_training_moves_the_running_statistics_and_evaluation_does_not():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True), torch.tensor(0.0).double()
@@ -119,6 +127,7 @@ def test_training_moves_the_running_statistics_and_evaluation_does_not():
     assert not torch.equal(attention.norm.running_mean, before)
 
 
+@needs_compiler
 def test_bfloat16_images_lose_nothing_but_their_own_digits():
     attention = attention_of(channels=24, dtype=torch.float32).eval()
     x, tau = images_of(attention, (9, 9), True).bfloat16(), torch.tensor(0.0)
@@ -128,6 +137,7 @@ def test_bfloat16_images_lose_nothing_but_their_own_digits():
         torch.testing.assert_close(alpha, truth(attention, x.float(), tau))
 
 
+@needs_compiler
 def test_the_number_of_threads_does_not_change_a_digit():
     attention = attention_of(dtype=torch.float32).eval()
     x, found, threads = images_of(attention, (150, 90), True), [], torch.get_num_threads()
@@ -142,6 +152,7 @@ def test_the_number_of_threads_does_not_change_a_digit():
     assert torch.equal(found[0], found[2])
 
 
+@needs_compiler
 @pytest.mark.parametrize("channels", [1, 3, 24, 70])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_means(channels, dtype):
@@ -180,6 +191,7 @@ class TestWhereItIsTaken:
             layer(x)
         return bool(seen)
 
+    @needs_compiler
     @pytest.mark.parametrize("case", ["conv2d", "conv2d-layer-norm", "depthwise", "conv1d-circular", "linear-tokens"])
     def test_by_every_layer(self, monkeypatch, case):
         layer, _, x = make(case)
@@ -227,6 +239,7 @@ class TestWhereItIsTaken:
         assert not attention_operator.attends_at_once(attention, torch.randn(2, 6, 3, 3).half())
         assert not attention_operator.attends_at_once(attention, torch.randn(2, 6, 3, 3))  # of double parameters
 
+    @needs_compiler
     @pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.LayerNorm(16, bias=False), nn.LayerNorm(16, 1e-5, False)])
     def test_another_norm_is_asked(self, norm):
         attention = attention_of(reduction=1.0).eval()
@@ -264,6 +277,7 @@ def test_weights_that_do_not_fit_are_refused(part, message):
         attention_operator.attend_at_once(attention, x, torch.tensor(0.0).double())
 
 
+@needs_compiler
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
 def test_buffers_of_another_type_are_converted(train):
     attention = attention_of().train(train)
@@ -288,6 +302,7 @@ def test_parameters_that_are_changed_in_place_are_seen():
     assert not torch.allclose(before, after)
 
 
+@needs_compiler
 def test_it_keeps_less_for_the_backward_pass_than_torch_does():
     attention = attention_of()
     x, tau = images_of(attention, (7, 5), True).requires_grad_(), torch.tensor(0.0).double()
@@ -304,6 +319,7 @@ def test_it_keeps_less_for_the_backward_pass_than_torch_does():
     assert ours <= kept(lambda: attention(pool(x)[0], tau)) - alpha
 
 
+@needs_compiler
 def test_operators_are_well_formed():
     attention = attention_of().eval()
     x, tau = images_of(attention, (7, 5), True), torch.tensor(0.3).double()
@@ -320,6 +336,7 @@ def test_operators_are_well_formed():
     torch.library.opcheck(mean, (x,))
 
 
+@needs_compiler
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 @pytest.mark.parametrize("size", SIZES)
 def test_of_a_folded_layer(norm, size):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from convolutions import CONVOLUTIONS, DEPTHWISE, convolution, depthwise_leaves, needs_compiler
+from convolutions import CONVOLUTIONS, DEPTHWISE, convolution, depthwise_leaves
+from processor import needs_bfloat16, needs_compiler
 
 from kernelwarehouse import build_model, set_implementation
 from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
@@ -12,11 +13,9 @@ from kernelwarehouse.models.ops.kernel_warehouse.attention import pool
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
 from kernelwarehouse.models.ops.native import call, mean, use_tiles
+from kernelwarehouse.models.ops.native.build import instructions
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="the processor does not multiply bfloat16"
-)
 pytestmark = [needs_compiler, needs_bfloat16]
 
 # kernel, cell, cells, size of the input, batch, and the convolution's arguments
@@ -43,7 +42,7 @@ def threads():
 @pytest.fixture
 def registers():
     """Multiply in registers for the time of the test, also where there are tiles."""
-    if not use_tiles(False) and not torch.cpu._is_amx_tile_supported():
+    if not use_tiles(False) and "amx" not in instructions():
         pytest.skip("there are no tiles: all other tests multiply in registers")
     yield
     use_tiles()

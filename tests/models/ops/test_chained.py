@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
-from convolutions import needs_compiler
 from layers import make, naive_forward
 from parity import assert_parity
+from processor import needs_bfloat16, needs_compiler
 
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import (
@@ -46,7 +46,7 @@ def test_any_tile_gives_the_same(monkeypatch, tile, temperature):
 
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["conv2d", "conv2d-nonlocal", "conv1d-circular", "conv3d", "linear-tokens"])
 def test_inference_applies_products_natively(monkeypatch, kind, temperature, dtype):
@@ -216,6 +216,13 @@ class TestChoice:
         with torch.no_grad():
             assert choose(*layer, images, hidden=16) == "chained"
             assert choose(*layer, images[:8], hidden=16) == "native"
+
+    @needs_compiler
+    @needs_bfloat16
+    def test_inference_in_bfloat16_does_not(self):
+        layer = Partition((256, 256, 3, 3), (256, 256, 1, 1)), Geometry.of((3, 3), padding=1), 188
+        images = torch.empty(64, 256, 14, 14).to(memory_format=torch.channels_last)
+        with torch.no_grad():
             assert choose(*layer, images, hidden=16, kind=torch.bfloat16) != "chained"
 
     @pytest.mark.slow

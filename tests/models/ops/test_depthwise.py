@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from convolutions import DEPTHWISE, depthwise_leaves, needs_compiler
+from convolutions import DEPTHWISE, depthwise_leaves
 from parity import assert_parity
+from processor import needs_compiler
 
 from kernelwarehouse.models.ops.dynamic_conv import depthwise, dynamic_conv
 from kernelwarehouse.models.ops.geometry import Geometry

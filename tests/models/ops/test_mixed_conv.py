@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from convolutions import needs_compiler
 from layers import LAYERS, make, naive_forward
 from parity import assert_parity
+from processor import needs_compiler
 from torch import nn
 
 from kernelwarehouse import build_model, set_implementation

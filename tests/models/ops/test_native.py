@@ -1,16 +1,13 @@
 """The native convolution: its sums, its threads, and what happens where it cannot be compiled."""
 
-import os
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from convolutions import CONVOLUTIONS, convolution, needs_compiler
+from convolutions import CONVOLUTIONS, convolution
 from parity import assert_parity
+from processor import needs_bfloat16, needs_compiler
 
 from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
 from kernelwarehouse.models.ops.geometry import Geometry
@@ -22,7 +19,6 @@ from kernelwarehouse.models.ops.native import NativeError, can_run, library
 from kernelwarehouse.models.ops.native.build import built
 from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
 
-ROOT = Path(__file__).parents[3]
 FORGET = _obstacle, _warn_once, library
 
 
@@ -176,9 +172,7 @@ def test_gradients_of_shared_cells_are_added_in_place():
     assert cells.grad.stride() == cells.stride()
 
 
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no bfloat16")
-)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 
 
 @needs_compiler
@@ -306,17 +300,6 @@ def test_who_needs_it_at_the_same_time_waits_for_one_that_compiles(forgotten, mo
     assert content == "half\n"
     assert others == [(path, content)] * 3
     assert log.read_text().count("-shared") == 1
-
-
-@needs_compiler
-def test_with_fewer_instructions(tmp_path):
-    """Torch can be told to take the processor for one without AVX-512."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    files = [__file__, str(Path(__file__).with_name("test_depthwise.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "parity", *files]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
 
 
 def test_a_processor_without_the_instructions(forgotten, monkeypatch):

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from convolutions import needs_compiler
 from layers import LAYERS, make, naive_forward
 from parity import assert_parity
+from processor import needs_compiler
 from torch.utils.checkpoint import checkpoint
 
 from kernelwarehouse.models.ops.kernel_warehouse import layer as layers

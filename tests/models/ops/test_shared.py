@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from convolutions import needs_compiler
+from processor import needs_compiler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,11 +5,11 @@ import torch
 from layers import LAYERS, make
 from torch import nn
 
-from kernelwarehouse import build_model, fold_, set_temperature
-from kernelwarehouse.models import warehouse_users
+from kernelwarehouse import build_model, merge_, set_temperature
+from kernelwarehouse.models import sharing
 from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, folded, streamed
 
-FOLDABLE = [name for name in LAYERS if name not in ("depthwise", "whole-kernel-cells")]
+MERGEABLE = [name for name in LAYERS if name not in ("depthwise", "whole-kernel-cells")]
 
 
 def randomise(net):
@@ -22,16 +22,16 @@ def randomise(net):
 
 @pytest.mark.parametrize("tile", [1, 1 << 20])
 @pytest.mark.parametrize("way", ["with a gradient", "streamed", "native"])
-@pytest.mark.parametrize("case", FOLDABLE)
+@pytest.mark.parametrize("case", MERGEABLE)
 def test_parity(monkeypatch, case, way, tile):
     if way == "streamed":
         monkeypatch.setattr(folded, "mixes_natively", lambda *_: False)
     monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
     monkeypatch.setattr(streamed, "_TILE_CHANNELS", 1)
-    layer, _, x = make(case)
+    layer, x = make(case)
     layer.eval()
     expected, kernels = layer(x), None if case.startswith("linear") else layer.kernels(x)
-    layer.fold()
+    layer.merge()
     with torch.set_grad_enabled(way == "with a gradient"):
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     if kernels is not None:
@@ -40,9 +40,9 @@ def test_parity(monkeypatch, case, way, tile):
 
 @pytest.mark.parametrize("case", ["depthwise", "whole-kernel-cells"])
 def test_what_cannot_be_streamed_cannot_be_folded(case):
-    layer, _, _ = make(case)
-    with pytest.raises(ValueError, match="cannot be folded"):
-        layer.eval().fold()
+    layer, _ = make(case)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        layer.eval().merge()
 
 
 class TestNetwork:
@@ -52,12 +52,12 @@ class TestNetwork:
     def test_same_results_and_no_warehouse_left_in_use(self):
         net, x = self.network(), torch.randn(3, 3, 64, 64).double()
         expected = net(x).detach()
-        users = warehouse_users(net)
-        assert fold_(net, x) is net
+        users = sharing(net)
+        assert merge_(net, x) is net
         folded = [name for name, m in net.named_modules() if isinstance(m, KWLayer) and m.products is not None]
         assert 0 < len(folded) < 19
         torch.testing.assert_close(net(x).detach(), expected, rtol=1e-9, atol=1e-9)
-        assert {n for names in warehouse_users(net).values() for n in names} == (
+        assert {n for names in sharing(net).values() for n in names} == (
             {n for names in users.values() for n in names} - set(folded)
         )
         assert net(torch.randn(1, 3, 50, 70).double()).isfinite().all()  # any other input
@@ -68,17 +68,18 @@ class TestNetwork:
         twin = copy.deepcopy(net)
         for module in twin.modules():
             if isinstance(module, KWLayer):
-                module.fold()
+                module.merge()
         before = twin(x)
         with torch.no_grad():
-            for p in twin.warehouses.parameters():
-                p.zero_()
+            for name in sharing(net):
+                net.get_parameter(name).zero_()
+        assert not sharing(twin)
         torch.testing.assert_close(twin(x), before)
-        assert not torch.allclose(net(x), torch.zeros_like(before))  # the original is whole
+        assert not torch.allclose(net(x), before)
 
     def test_budget_of_memory(self):
         net, x = self.network(), torch.randn(8, 3, 64, 64).double()
-        fold_(net, x, max_bytes=10 << 20, dtype=torch.float32)
+        merge_(net, x, max_bytes=10 << 20, dtype=torch.float32)
         held = [m.products for m in net.modules() if isinstance(m, KWLayer) and m.products is not None]
         assert held
         assert sum(p.numel() * p.element_size() for p in held) <= 10 << 20
@@ -87,32 +88,30 @@ class TestNetwork:
     def test_half_precision_products(self, dtype, error):
         net, x = self.network().float(), torch.randn(2, 3, 64, 64)
         expected = net(x)
-        fold_(net, x, dtype=dtype)
+        merge_(net, x, dtype=dtype)
         assert {m.products.dtype for m in net.modules() if getattr(m, "products", None) is not None} == {dtype}
         assert 0 < (net(x) - expected).norm() / expected.norm() < error
 
     def test_export_with_any_batch_size(self):
         net, x = self.network().float(), torch.randn(2, 3, 64, 64)
-        fold_(net, x)
+        merge_(net, x)
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},))
         x = torch.randn(5, 3, 64, 64)
         torch.testing.assert_close(program.module()(x), net(x), rtol=1e-3, atol=1e-3)
 
     def test_errors(self):
         x = torch.randn(2, 3, 64, 64).double()
-        with pytest.raises(ValueError, match="no converted layer to fold"):
-            fold_(nn.Conv2d(3, 3, 1).eval(), x)
+        with pytest.raises(ValueError, match="no converted layer to merge"):
+            merge_(nn.Conv2d(3, 3, 1).eval(), x)
         with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
-            fold_(self.network().train(), x)
+            merge_(self.network().train(), x)
         net = self.network()
         set_temperature(net, 0.5)
-        with pytest.raises(ValueError, match="at temperature 0"):
-            fold_(net, x)
-        with pytest.raises(ValueError, match="at temperature 0"):
-            fold_(net, x, max_bytes=0)  # though no layer would be folded
+        with pytest.raises(ValueError, match=r"at temperature 0\.5, a trained one at 0"):
+            merge_(net, x)
+        with pytest.raises(ValueError, match=r"at temperature 0\.5, a trained one at 0"):
+            merge_(net, x, max_bytes=0)  # though no layer would be folded
         set_temperature(net, 0.0)
-        fold_(net, x)
-        with pytest.raises(ValueError, match="no temperature but 0"):
-            set_temperature(net, 0.5)
+        merge_(net, x)
         with pytest.raises(RuntimeError, match="cannot be trained"):
             net.train()(x)

@@ -1,0 +1,337 @@
+"""The layers of a network that an operator may replace, with what is known about each: `find_sites`.
+
+For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's stage,
+block and role; for any other network they follow from its structure (`structure.py`). No operator is known here: which
+layers one replaces, and which share what, is its own business.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torchvision
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .obstacles import Obstacles
+from .structure import Trace, trace_layers
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that may be replaced.
+
+    Attributes:
+        name: The module's name.
+        kind: Class of torch.nn: Conv1d, Conv2d, Conv3d or Linear.
+        in_channels: Channels of its input.
+        out_channels: Channels of its output.
+        kernel: Shape of its weight: (Cout, Cin/groups, *k), (out_features, in_features) for a linear layer.
+        groups: Of a convolution.
+        bias: Whether it has one.
+        dtype: Of its weight.
+        stride: Of a convolution.
+        padding: Of a convolution, as torch's argument.
+        dilation: Of a convolution.
+        padding_mode: Of a convolution.
+        stage: Where in the network it is: the stage's number, or the resolution that it reads (``r14x14``).
+        block: Number of its block in the stage.
+        role: What it does there: stem, head, downsample, last, conv1, expand, depthwise, project, qkv, …; by structure
+            stem, head (reads a single position), unused (did not run) or body.
+        repeats: Its samples for one of the network's: 1 where its input's first dimension is the batch, more where
+            it is a multiple of it; 0 where it is neither; None where that is not known.
+        input_shape: Shape of its input with the example, and `turn`, its place in the order of execution, where
+            the network was run.
+        turn: See `input_shape`.
+        readers: Names of the sites that read its output with no other site between, where that was asked for.
+        foreign: Why it is not simply a layer of torch.nn, such as a subclass with arithmetic of its own.
+        obstacle: Why it cannot be replaced, such as hooks that would be lost.
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...]
+    groups: int
+    bias: bool
+    dtype: torch.dtype
+    stride: tuple[int, ...] = ()
+    padding: str | tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    stage: str = ""
+    block: str = ""
+    role: str = "body"
+    repeats: int | None = None
+    input_shape: tuple[int, ...] | None = None
+    turn: int | None = None
+    readers: tuple[str, ...] = ()
+    foreign: str | None = None
+    obstacle: str | None = None
+
+    @property
+    def batch_first(self) -> bool | None:
+        """Whether the first dimension of its input is the batch or a multiple of it; None where that is not known."""
+        return None if self.repeats is None else self.repeats > 0
+
+    @property
+    def positions(self) -> tuple[int, ...] | None:
+        """The spatial size, or the numbers of tokens, of its input with the example."""
+        if self.input_shape is None:
+            return None
+        return self.input_shape[1:-1] if self.kind == "Linear" else self.input_shape[2:]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a network, in the order of ``network.modules()``.
+
+    Attributes:
+        network: The network's class.
+        family: Name of the table that describes it, None where there is none.
+        sites: What there is.
+        batch_norm: Whether it normalises over batches.
+        parameters: Their number.
+        untraced: Why the network, which has no table, could not be run, if it could not.
+    """
+
+    network: str
+    family: str | None
+    sites: tuple[Site, ...]
+    batch_norm: bool
+    parameters: int
+    untraced: str | None = None
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+Place = tuple[str, str, str]  # stage, block, role
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of backbones.
+
+    Attributes:
+        name: Its name.
+        matches: Whether a network belongs to it.
+        place: The names of its layers → stage, block and role of those it knows.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    place: Callable[[list[str]], dict[str, Place]]
+
+
+def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: bool = False) -> Sites:
+    """Find the layers of `net` that may be replaced, changing nothing.
+
+    Args:
+        net: Any network.
+        example_input: For a network without a table: an input of it, of which shape and type are used; it is run once
+            or twice on the meta device. None guesses one.
+        readers: Whether to find out which sites read each one's output.
+
+    Raises:
+        ValueError: A wrapped network, a single layer, or one without convolutions and linear layers of torch.nn.
+    """
+    check_network(net)
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, LAYERS)}
+    if not layers:
+        raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
+    family = find_family(net)
+    trace = Trace()
+    places: dict[str, Place] = {}
+    if family is not None:
+        places = family.place(list(layers))
+    else:
+        trace = trace_layers(net, layers, example_input)
+        places = {name: _place_by_structure(name, layers[name], trace) for name in layers}
+    obstacles = Obstacles(net)
+    found = _find_readers(net, layers) if readers else {}
+    sites = []
+    for name, layer in layers.items():
+        stage, block, role = places.get(name, ("", "", "unknown" if family else "body"))
+        site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=found.get(name, ()))
+        known = 1 if family is not None or site.kind != "Linear" else None
+        repeats = trace.repeats.get(name, known) if family is None else known
+        sites.append(
+            replace(
+                site,
+                repeats=repeats,
+                input_shape=trace.shapes.get(name),
+                turn=list(trace.shapes).index(name) if name in trace.shapes else None,
+                foreign=obstacles.foreign(layer),
+                obstacle=obstacles.find(name, layer),
+            )
+        )
+    return Sites(
+        network=type(net).__name__,
+        family=family.name if family else None,
+        sites=tuple(sites),
+        batch_norm=any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()),
+        parameters=sum(p.numel() for p in net.parameters()),
+        untraced=trace.error,
+    )
+
+
+def check_network(net: nn.Module) -> None:
+    """Raise a ValueError for what cannot be converted in place: a wrapper, or a single layer."""
+    wrappers = (
+        "DistributedDataParallel",
+        "DataParallel",
+        "FullyShardedDataParallel",
+        "OptimizedModule",
+        "ScriptModule",
+    )
+    if type(net).__name__ in wrappers or isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"the network is wrapped in {type(net).__name__}: convert the network inside, then wrap it")
+    if isinstance(net, LAYERS):
+        raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
+
+
+def find_family(net: nn.Module) -> Family | None:
+    """The family that a network belongs to, None where there is no table for it."""
+    return next((family for family in FAMILIES if family.matches(net)), None)
+
+
+def _describe(name: str, layer: nn.Module) -> Site:
+    kind = next(cls.__name__ for cls in LAYERS if isinstance(layer, cls))
+    weight, bias = layer.weight, layer.bias is not None
+    kernel = tuple(weight.shape)
+    if isinstance(layer, nn.Linear):
+        return Site(name, kind, layer.in_features, layer.out_features, kernel, 1, bias, weight.dtype)
+    return Site(
+        name,
+        kind,
+        layer.in_channels,
+        layer.out_channels,
+        kernel,
+        layer.groups,
+        bias,
+        weight.dtype,
+        tuple(layer.stride),
+        layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
+        tuple(layer.dilation),
+        layer.padding_mode,
+    )
+
+
+def _place_by_structure(name: str, layer: nn.Module, trace: Trace) -> Place:
+    """The first layer of all reads the image; what reads a single position works on pooled features."""
+    if name not in trace.shapes:
+        return "", "", "unused" if trace.error is None else "body"
+    shape = trace.shapes[name]
+    positions = shape[1:-1] if isinstance(layer, nn.Linear) else shape[2:]
+    stage = f"r{'x'.join(map(str, positions))}"
+    if name == next(iter(trace.shapes)):
+        return stage, "", "stem"
+    single = all(size <= 1 for size in positions)
+    return stage, "", "head" if single else "body"
+
+
+def _find_readers(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Site → the sites that its output reaches through no other site; nothing where the network cannot be traced."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return module_qualified_name in layers or super().is_leaf_module(m, module_qualified_name)
+
+    try:
+        graph = Tracer().trace(net)
+    except Exception:  # control flow that depends on values raises whatever it likes
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in layers:
+            seen, reached, queue = set(), [], list(node.users)
+            while queue:
+                user = queue.pop(0)
+                if user in seen:
+                    continue
+                seen.add(user)
+                if user.op == "call_module" and user.target in layers:
+                    reached.append(user.target)
+                else:
+                    queue += user.users
+            found[node.target] = tuple(dict.fromkeys(reached))
+    return found
+
+
+def _place_resnet(names: list[str]) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for name in names:
+        if re.fullmatch(r"conv1(\.\d+)*", name):
+            places[name] = "", "", "stem"
+        elif m := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:(conv\d+)|downsample\.\d+)", name):
+            places[name] = m[1], m[2], m[3] or "downsample"
+        elif name == "fc":
+            places[name] = "", "", "head"
+    return places
+
+
+def _place_mobilenetv2(names: list[str]) -> dict[str, Place]:
+    tops = {"conv_stem": "stem", "conv_head": "last", "classifier": "head"}
+    roles = {"pw": "expand", "dw": "depthwise", "pwl": "project"}
+    places: dict[str, Place] = {name: ("", "", tops[name]) for name in names if name in tops}
+    for name in names:
+        if m := re.fullmatch(r"blocks\.(\d)\.(\d+)\.conv_(pw|dw|pwl)", name):
+            # The one block without expansion calls its projection conv_pw.
+            places[name] = m[1], m[2], "project" if m[1] == "0" and m[3] == "pw" else roles[m[3]]
+    return places
+
+
+def _place_convnext(names: list[str]) -> dict[str, Place]:
+    roles = {"conv_dw": "depthwise", "mlp.fc1": "expand", "mlp.fc2": "project"}
+    places: dict[str, Place] = {}
+    for name in names:
+        if name == "stem.0":
+            places[name] = "0", "", "stem"
+        elif m := re.fullmatch(r"stages\.(\d+)\.downsample\.1", name):
+            places[name] = m[1], "", "downsample"
+        elif m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|mlp\.fc1|mlp\.fc2)", name):
+            places[name] = m[1], m[2], roles[m[3]]
+        elif name == "head.fc":
+            places[name] = "", "", "head"
+    return places
+
+
+def _place_vit(names: list[str]) -> dict[str, Place]:
+    roles = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+    places: dict[str, Place] = {}
+    for name in names:
+        if name == "patch_embed.proj":
+            places[name] = "", "", "stem"
+        elif (m := re.fullmatch(r"blocks\.(\d+)\.(attn\.\w+|mlp\.fc\d)", name)) and m[2] in roles:
+            places[name] = "", m[1], roles[m[2]]
+        elif name in ("head", "head_dist"):
+            places[name] = "", "", "head"
+    return places
+
+
+def _is_mobilenetv2(net: nn.Module) -> bool:
+    """timm builds many networks from one class; MobileNetV2 has seven settings of 3×3 blocks without attention."""
+    if not isinstance(net, EfficientNet) or len(net.blocks) != 7 or len(net.blocks[0]) != 1:
+        return False
+    blocks = [block for stage in net.blocks for block in stage]
+    plain = all(isinstance(getattr(block, "se", None), nn.Identity) for block in blocks)
+    return plain and all(getattr(getattr(b, "conv_dw", None), "kernel_size", None) == (3, 3) for b in blocks)
+
+
+FAMILIES = (
+    Family("ResNet", lambda net: isinstance(net, ResNet | torchvision.models.ResNet), _place_resnet),
+    Family("MobileNetV2", _is_mobilenetv2, _place_mobilenetv2),
+    Family("ConvNeXt", lambda net: isinstance(net, ConvNeXt), _place_convnext),
+    Family("VisionTransformer", lambda net: isinstance(net, VisionTransformer), _place_vit),
+)
