@@ -4,11 +4,10 @@ import os
 
 import pytest
 
-# A machine that pretends to have fewer instructions (models/ops/native/README.md) pretends so to torch and oneDNN too.
+# A machine that pretends to have fewer instructions (models/ops/cpu/README.md) pretends so to torch and oneDNN too.
 _PRETENDED = {
     "avx2": ("avx2", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE"),
-    "avx512_bf16": ("avx512", "AVX512_CORE_BF16"),
 }
 if os.environ.get("KERNELWAREHOUSE_CPU") in _PRETENDED:
     capability, isa = _PRETENDED[os.environ["KERNELWAREHOUSE_CPU"]]
@@ -18,7 +17,7 @@ if os.environ.get("KERNELWAREHOUSE_CPU") in _PRETENDED:
 @pytest.fixture
 def untuned():
     """Nothing is known of what is fastest, before the test and after it."""
-    from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget
+    from kernelwarehouse.models.ops.selection import forget
 
     forget()
     yield

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from kernelwarehouse.models.ops.geometry import Geometry
-from kernelwarehouse.models.ops.kernel_warehouse import Partition
+from kernelwarehouse.models.ops.mixture_conv import Partition
 
-# kernel, cell, size of the input, and the convolution's arguments; fused tiles are 16 × 32 × 8 in the interpreter
+# kernel, cell, size of the input, and the convolution's arguments; Triton's tiles are 16 × 32 × 8 in the interpreter
 CONVOLUTIONS = {
     "padding": ((12, 6, 3, 3), (6, 3, 1, 1), (7, 5), {"padding": 1}),
     "stride": ((4, 6, 3, 3), (2, 6, 1, 1), (7, 5), {"stride": 2}),

@@ -1,10 +1,13 @@
-"""One layer of every kind, on odd sizes, and the truth about what it computes."""
+"""One layer of every kind, on odd sizes, and what it computes by the definition."""
+
+import functools
 
 import torch
+import torch.nn.functional as F
 
-from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv2d, KWConv3d, KWLinear, Warehouse
-from kernelwarehouse.models.ops.kernel_warehouse.naive import naive_attention, naive_mix
+from kernelwarehouse.models.ops.mixture_conv.reference import reference_mix
+from kernelwarehouse.models.ops.per_sample_conv import per_sample_conv
 
 # name: (class, input shape, module arguments, cells (n, *cell), own cells, attention arguments)
 LAYERS = {
@@ -49,10 +52,46 @@ def make(case, dtype=torch.float64):
     return layer, torch.randn(shape, dtype=dtype)
 
 
-def naive_forward(layer, x, temperature):
+def reference_attention(attention, x, temperature):
+    """α of `Attention`, mixture by mixture, straight from the equations."""
+    pooled = torch.stack([sample.flatten(1).sum(1) / sample[0].numel() for sample in x])
+    hidden = attention.norm(pooled @ attention.fc1.weight.T + (0 if attention.fc1.bias is None else attention.fc1.bias))
+    n, own = attention.num_cells, attention.own_cells
+    rows = attention.fc2.weight.shape[0] // attention.mixtures
+    samples = []
+    for h in F.relu(hidden):
+        alphas = []
+        for i in range(attention.mixtures):
+            z = attention.fc2.weight[i * rows : (i + 1) * rows] @ h
+            if attention.num_basis:
+                basis = z[len(own) : len(own) + attention.num_basis]
+                others = iter(attention.fc3.weight @ basis)
+                logits = [z[j - own.start] if j in own else next(others) for j in range(n)]
+                z = torch.stack([*logits, z[-1]]) + attention.basis_bias[i * (n + 1) : (i + 1) * (n + 1)]
+            else:
+                z = z + attention.fc2.bias[i * rows : (i + 1) * rows]
+            alpha = z / (sum(abs(value) for value in z) + 1e-3)
+            alphas.append((1 - temperature) * alpha[:-1] + temperature * attention.assignment[i])
+        samples.append(torch.stack(alphas))
+    return torch.stack(samples)
+
+
+def reference_forward(layer, x, temperature):
     features = x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) if isinstance(layer, KWLinear) else x
-    kernels = naive_mix(naive_attention(layer.attention, features, temperature), layer.cells, layer.partition)
+    kernels = reference_mix(reference_attention(layer.attention, features, temperature), layer.cells, layer.partition)
     if isinstance(layer, KWLinear):
         return torch.stack([s @ k.flatten(1).T + layer.bias for s, k in zip(x, kernels, strict=True)])
     arguments = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
-    return dynamic_conv(x, kernels, layer.bias, *arguments, implementation="naive")
+    return per_sample_conv(x, kernels, layer.bias, *arguments, implementation="reference")
+
+
+@functools.cache
+def expected(case, training, temperature):
+    """Output, upstream gradient, and the gradients of x and of every parameter of a case, computed once."""
+    layer, x = make(case)
+    layer.train(training)
+    x.requires_grad_()
+    y = reference_forward(layer, x, temperature)
+    upstream = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], upstream, allow_unused=True)
+    return y.detach(), upstream, gradients

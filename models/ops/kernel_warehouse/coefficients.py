@@ -132,6 +132,7 @@ def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Ten
 def _coefficients_on_gpu(*tensors: Tensor) -> Tensor:
     from . import attention_triton  # which needs Triton
 
+    _check_logits(tensors[1], tensors[2], tensors[0].shape[1], tensors[3])
     return attention_triton.coefficients(*tensors)
 
 
@@ -140,6 +141,7 @@ def coefficients_operator(
     hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor
 ) -> Tensor:
     """As `_Coefficients`; all in one type, single or double precision."""
+    _check_logits(weight, bias, hidden.shape[1], assignment)
     alpha = _empty_alpha(hidden, weight, bias, assignment, temperature)
     operands = in_memory((hidden, weight, bias, assignment, temperature), hidden.dtype)
     call("coefficients", (_hidden_sizes(hidden, alpha), EPSILON), (*operands, alpha))
@@ -172,6 +174,15 @@ def coefficients_gradients(
     return grad_hidden.sum(0), grad_weight, grad_bias
 
 
+def _check_logits(weight: Tensor, bias: Tensor, width: int, assignment: Tensor) -> None:
+    mixtures, cells = assignment.shape
+    if tuple(weight.shape) != (mixtures * (cells + 1), width) or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weights {tuple(weight.shape)} do not give {mixtures} mixtures logits for {cells} cells and the zero cell "
+            f"from a hidden vector of {width}"
+        )
+
+
 def _hidden_sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return _sizes((len(hidden), 1), True, hidden.shape[1], *alpha.shape[1:])
 
@@ -183,9 +194,13 @@ def _empty_result(x: Tensor, parameters: Sequence[Tensor | None], _norm_eps: flo
 @operator("attention", fake=_empty_result)
 def attention_operator(x: Tensor, parameters: Sequence[Tensor | None], norm_eps: float) -> Tensor:
     """α (B, m, n), of what `_Attention` says."""
+    weight1, *_, weight2, bias2, assignment, _ = parameters
+    if weight1.shape[1] != x.shape[1]:
+        raise ValueError(f"an attention for {weight1.shape[1]} channels got {x.shape[1]}")
+    _check_logits(weight2, bias2, len(weight1), assignment)
     alpha = _empty_result(x, parameters, norm_eps)
     x, channels_last = in_either_layout(x)
-    sizes = _sizes(tuple(x.shape), channels_last, parameters[0].shape[0], *alpha.shape[1:])
+    sizes = _sizes(tuple(x.shape), channels_last, len(weight1), *alpha.shape[1:])
     call("attention", (sizes, norm_eps, EPSILON), (x, *in_memory(parameters, x.dtype), alpha))
     return alpha
 

@@ -1,6 +1,6 @@
 """Parts of an attention that know whether somebody looks at them or has changed them."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -58,9 +58,10 @@ class AttentionBatchNorm1d(Watched, nn.BatchNorm1d):
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says: nobody waits for it, has patched or parametrized it.
+    """Whether calling a module does what its class says to plain weights: nobody waits for it or has patched it.
 
     Hooks for all modules, of torch.nn.modules.module, are not seen by the parts of an attention.
     """
-    own = type(module) in (Linear, LayerNorm, AttentionBatchNorm1d)
-    return own and not module.watched and "forward" not in vars(module)
+    if type(module) not in (Linear, LayerNorm, AttentionBatchNorm1d) or module.watched or "forward" in vars(module):
+        return False
+    return module.weight is None or type(module.weight) in (nn.Parameter, Tensor)

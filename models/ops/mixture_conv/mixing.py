@@ -12,13 +12,16 @@ from .partition import Partition
 def is_shared(bank: Tensor, partition: Partition) -> bool:
     """Whether all parts of the kernel share the bank (n, *cell); it is (n, *kernel) where each has its own.
 
+    Of a kernel of one part both are the same; it counts as shared where it has one position.
+
     Raises:
         ValueError: It is neither.
     """
-    if tuple(bank.shape[1:]) == partition.cell:
-        return True
-    if tuple(bank.shape[1:]) == partition.kernel:
+    shape = tuple(bank.shape[1:])
+    if shape == partition.kernel and not (shape == partition.cell and partition.by_positions):
         return False
+    if shape == partition.cell:
+        return True
     raise ValueError(
         f"a bank must be (n, *cell) with cells {partition.cell}, or (n, *kernel) with kernels {partition.kernel}; "
         f"found {tuple(bank.shape)}"

@@ -18,6 +18,7 @@ __all__ = [
     "CONV",
     "IMPLEMENTATIONS",
     "grouped_conv",
+    "no_depthwise",
     "per_sample_conv",
     "per_sample_conv_from_geometry",
     "reference",
@@ -79,7 +80,7 @@ def per_sample_conv_from_geometry(
         implementation = _choose(x, weight, geometry)
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be auto, {', '.join(IMPLEMENTATIONS)}; found {implementation!r}")
-    elif implementation == "depthwise" and (reason := _no_depthwise(x, weight, geometry)):
+    elif implementation == "depthwise" and (reason := no_depthwise(x, weight, geometry)):
         raise ValueError(f"implementation 'depthwise' cannot compute this: {reason}; 'auto' takes another")
     return IMPLEMENTATIONS[implementation](x, weight, geometry)
 
@@ -90,10 +91,11 @@ def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
         return "unfold"  # its graph does not grow with the kernel, but TorchScript's exporter refuses Tensor.unfold
     if torch.jit.is_tracing() or weight.shape[3:].numel() == 1:
         return "taps"
-    return "grouped" if _no_depthwise(x, weight, geometry) else "depthwise"
+    return "grouped" if no_depthwise(x, weight, geometry) else "depthwise"
 
 
-def _no_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+def no_depthwise(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+    """Why the depthwise convolution in C++ cannot compute a case; None if it can."""
     if not is_depthwise(weight, geometry):
         return "a channel is not a group by itself"
     return unavailable(x.device.type, torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -1,4 +1,4 @@
-"""The native convolution: its sums, its threads, and what happens where it cannot be compiled."""
+"""The C++: its sums, its threads, how it is compiled, and what happens where it cannot be."""
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -7,19 +7,16 @@ import pytest
 import torch
 from convolutions import CONVOLUTIONS, convolution
 from parity import assert_parity
-from processor import needs_bfloat16, needs_compiler
+from processor import needs_compiler
 
-from kernelwarehouse.models.ops.dynamic_conv import dynamic_conv
+from kernelwarehouse.models.ops.cpu import BuildError, library
+from kernelwarehouse.models.ops.cpu.build import built
+from kernelwarehouse.models.ops.cpu.library import _build_error, _unavailable, unavailable
 from kernelwarehouse.models.ops.geometry import Geometry
-from kernelwarehouse.models.ops.kernel_warehouse import Partition, mixed_conv, native
-from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
-from kernelwarehouse.models.ops.kernel_warehouse.mixing import by_output_blocks
-from kernelwarehouse.models.ops.kernel_warehouse.native import native_folded_conv
-from kernelwarehouse.models.ops.native import NativeError, can_run, library
-from kernelwarehouse.models.ops.native.build import built
-from kernelwarehouse.models.ops.native.library import _obstacle, _warn_once
+from kernelwarehouse.models.ops.mixture_conv import IMPLEMENTATIONS, Partition, cpp, mixture_conv, signature_of
+from kernelwarehouse.models.ops.selection import forget, select
 
-FORGET = _obstacle, _warn_once, library
+FORGET = _unavailable, _build_error, library
 
 
 @pytest.fixture
@@ -36,27 +33,34 @@ def forgotten(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for function in FORGET:
         function.cache_clear()
+    forget()
     yield tmp_path / "kernelwarehouse"
     for function in FORGET:
         function.cache_clear()
+    forget()
 
 
 def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
-    bias = torch.randn(partition.kernel[0], dtype=leaves[2].dtype, requires_grad=True)
+    alpha, bank, x = leaves
 
     def run(implementation):
-        return mixed_conv(*leaves, partition, geometry, implementation, bias)
+        return mixture_conv(x, alpha, bank, partition, geometry, implementation=implementation)
 
-    names = ("alpha", "cells", "x", "bias")
-    named = dict(zip(names, [*leaves, bias], strict=True))
-    assert_parity(lambda: run("native"), lambda: run("grouped"), named, tolerance)
+    assert_parity(
+        lambda: run("cpp"), lambda: run("grouped"), {"alpha": alpha, "bank": bank, "x": x}, tolerance
+    )
+
+
+def chosen_for(x, kernel=(64, 64, 3, 3), terms=27):
+    partition, geometry = Partition(kernel, (*kernel[:2], 1, 1)), Geometry.of(kernel[2:], padding=1)
+    return select(signature_of(x, terms, True, partition, geometry, "mixture_conv"), IMPLEMENTATIONS).name
 
 
 @needs_compiler
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_parity(threads, name, count):
-    assert can_run("cpu", torch.float64), _obstacle("cpu", torch.float64)
+    assert unavailable("cpu", torch.float64) is None
     threads(count)
     assert_equal_to_grouped(*convolution(name))
 
@@ -122,23 +126,22 @@ def test_parity_where_the_work_is_cut(threads, kernel, cell, cells, size, batch,
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("side", [4, 9])  # reading the products takes longer than the rest, or does not
-def test_products_are_read_for_groups_of_samples(threads, side, dtype):
-    """None of samples, rows and channels are a multiple of what is computed together."""
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, "whole"])
+def test_a_bank_for_each_part(threads, name, dtype):
     threads(3)
-    torch.manual_seed(0)
-    batch, width, cout, cin = 75, 18, 70, 83
-    partition, geometry = Partition((2 * cout, 2 * cin, 3, 3), (cout, cin, 1, 1)), Geometry.of((3, 3), padding=1)
-    alpha = torch.randn(batch, partition.mixtures, width, dtype=dtype)
-    products = torch.randn(2, cout, width, 18 * cin, dtype=dtype)
-    x = torch.randn(batch, 2 * cin, side, side, dtype=dtype).to(memory_format=torch.channels_last)
-    y = native_folded_conv(alpha, products, x, partition, geometry, None)
-    parts = by_output_blocks(alpha, partition), products.unflatten(3, (18, cin))
-    kernels = torch.einsum("aopk,orkpi->aorpi", *(t.double() for t in parts)).reshape(batch, 2 * cout, 9, -1)
-    kernels = kernels.mT.unflatten(3, (3, 3))
-    expected = dynamic_conv(x.double(), kernels, padding=1, implementation="naive").flatten(1)
-    bound = (1e-12 if dtype == torch.float64 else 1e-5) * expected.norm(dim=1)
-    assert ((y.flatten(1) - expected).norm(dim=1) < bound).all()
+    partition, geometry, (alpha, _, x) = convolution("several-tiles" if name == "whole" else name)
+    if name == "whole":  # one part for the whole kernel
+        partition = Partition(partition.kernel, partition.kernel)
+        alpha = alpha[:, :1]
+    bank = torch.randn(5, *partition.kernel, dtype=dtype)
+    alpha, x = alpha.detach().to(dtype), x.detach().to(dtype)
+    with torch.no_grad():
+        y, expected = (
+            mixture_conv(x, alpha, bank, partition, geometry, implementation=i) for i in ("cpp", "reference")
+        )
+    assert (y - expected).norm() <= (1e-12 if dtype == torch.float64 else 1e-5) * expected.norm()
+    with pytest.raises(ValueError, match="'cpp' cannot compute this layer: gradients of a bank for each part"):
+        mixture_conv(x, alpha, bank, partition, geometry, implementation="cpp")
 
 
 @needs_compiler
@@ -150,45 +153,16 @@ def test_same_digits_every_time(threads, memory_format):
     partition, geometry = Partition((64, 48, 3, 3), (32, 48, 1, 1)), Geometry.of((3, 3), padding=1)
     leaves = [torch.randn(shape).requires_grad_() for shape in ((5, 18, 21), (21, 32, 48, 1, 1), (5, 48, 13, 11))]
     leaves[2] = leaves[2].detach().to(memory_format=memory_format).requires_grad_()
+    alpha, bank, x = leaves
+
+    def run():
+        return mixture_conv(x, alpha, bank, partition, geometry, implementation="cpp")
+
     first, *others = [
-        torch.autograd.grad(mixed_conv(*leaves, partition, geometry, "native").square().sum(), leaves) for _ in range(5)
+        torch.autograd.grad(run().square().sum(), leaves) for _ in range(5)
     ]
     for gradients in others:
         assert all(map(torch.equal, first, gradients))
-
-
-@needs_compiler
-def test_gradients_of_shared_cells_are_added_in_place():
-    """Autograd writes a third tensor where it may not add to the first; cells can be large."""
-    partition, geometry = Partition((4, 3, 1, 1), (2, 3, 1, 1)), Geometry.of((1, 1))
-    cells = torch.randn(2, 5, 3, 1, 1).transpose(0, 1).requires_grad_()  # as `Warehouses` lays them out
-    alpha, x = torch.randn(2, 2, 5), torch.randn(2, 3, 4, 4)
-    outputs = [mixed_conv(alpha, cells, x, partition, geometry, "native") for _ in range(3)]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-    counts = {event.key: event.count for event in profile.key_averages()}
-    assert "aten::add" not in counts
-    assert counts["aten::add_"] == 2
-    assert cells.grad.stride() == cells.stride()
-
-
-BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BFLOAT16])
-@pytest.mark.parametrize("cout", [4, 96])  # at once, and some channels at a time
-def test_what_every_pixel_receives_besides(dtype, cout):
-    torch.manual_seed(0)
-    kind = torch.promote_types(dtype, torch.float32)
-    alpha, cells = torch.randn(8, 1, 18, 3, dtype=dtype), torch.randn(3, cout, 256, 1, 1, dtype=kind)
-    x, grad = torch.empty(8, 512, 4, 3, dtype=dtype), torch.randn(8, cout, 4, 3, dtype=dtype)
-    each = torch.randn(8, 512, dtype=kind) * 50
-    window = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1]
-    alone = native.gradient_of_x(grad, alpha, cells, x, window, None).to(kind)
-    both = native.gradient_of_x(grad, alpha, cells, x, window, each).to(kind)
-    expected = alone + each[..., None, None]
-    assert (both - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
 @needs_compiler
@@ -198,14 +172,13 @@ def test_operators_are_well_formed():
     alpha = alpha.detach().unflatten(1, (9, 2, 2)).transpose(1, 2).flatten(2, 3)
     window = [1, 3, 3, 1, 2, 1, 0, 0, 2, 1, 1, 2]
     arguments = alpha, cells.detach(), x, window
-    y = mixed_conv(*convolution("unequal")[2], partition, geometry, "native")
-    convolved = alpha, cells.detach().transpose(0, 1), x, None, window, False
-    torch.testing.assert_close(native.convolve(*convolved), y)
+    convolved = alpha, cells.detach().transpose(0, 1), x, window, False
+    y = cpp.convolve(*convolved)
     for operator, operands in (
-        (native.convolve, convolved),
-        (native.gradient_of_x, (torch.randn_like(y), *arguments, None)),
-        (native.gradients_of_mixing, (torch.randn_like(y), *arguments)),
-        (native.convolve, (alpha, torch.randn(6, 5, 36).double(), x, torch.randn(6).double(), window, True)),
+        (cpp.convolve, convolved),
+        (cpp.gradient_of_x, (torch.randn_like(y), *arguments)),
+        (cpp.gradients_of_mixing, (torch.randn_like(y), *arguments)),
+        (cpp.convolve, (alpha, torch.randn(6, 5, 36).double(), x, window, True)),
     ):
         torch.library.opcheck(operator, operands)
 
@@ -214,16 +187,29 @@ def test_operators_are_well_formed():
 def test_input_smaller_than_the_kernel():
     partition, geometry, (alpha, cells, x) = convolution("stride")
     with pytest.raises(ValueError, match=r"an input of \(2, 5\) is too small for a kernel of \(3, 3\)"):
-        mixed_conv(alpha, cells, x[:, :, :2], partition, geometry, "native")
+        mixture_conv(x[:, :, :2], alpha, cells, partition, geometry, implementation="cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype):
+    partition, geometry, (alpha, cells, x) = convolution("padding")
+    half = x.detach().to(dtype).requires_grad_()
+    expected = mixture_conv(half.double(), alpha.to(dtype).double(), cells, partition, geometry)
+    y = mixture_conv(half, alpha.to(dtype), cells, partition, geometry, implementation="cpp")
+    assert y.dtype == dtype
+    assert (y.double() - expected).norm() <= torch.finfo(dtype).eps * expected.norm()
+    (grad,) = torch.autograd.grad(y.float().square().sum(), half)
+    (truth,) = torch.autograd.grad(expected.square().sum(), half)
+    assert grad.dtype == dtype
+    assert (grad - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm()
 
 
 @needs_compiler
 def test_auto_takes_it_where_it_can_run():
-    partition, geometry = Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1)
     x = torch.empty(8, 64, 14, 14).to(memory_format=torch.channels_last)
-    assert choose(partition, geometry, 27, x) == "native"
-    assert choose(partition, geometry, 27, x.half()) != "native"
-    assert choose(partition, geometry, 27, x.to("meta")) != "native"
+    assert chosen_for(x) == "cpp"
+    assert chosen_for(x.to("meta")) in ("materialize", "mix_inputs")
 
 
 @needs_compiler
@@ -247,26 +233,22 @@ def test_a_folder_that_cannot_be_written(forgotten):
     ("compiler", "message"),
     [("no-such-compiler", "no compiler 'no-such-compiler' was found; install GCC"), ("false", "false could not")],
 )
-def test_without_a_compiler_streaming_takes_over_and_says_so(forgotten, monkeypatch, compiler, message):
+def test_without_a_compiler_it_is_refused_by_name_and_auto_takes_another_and_says_so(
+    forgotten, monkeypatch, compiler, message
+):
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(NativeError, match=message):
+    with pytest.raises(BuildError, match=message):
         library()
-    partition, geometry, leaves = convolution("padding")
-    with pytest.warns(UserWarning, match=rf"'native' gives way to others, slower on a CPU: {message}"):
-        y = mixed_conv(*leaves, partition, geometry, "native")
-    assert torch.equal(y, mixed_conv(*leaves, partition, geometry, "streamed"))
+    x = torch.empty(8, 64, 14, 14)
+    with pytest.warns(UserWarning, match=f"without C\\+\\+, which is slower on a CPU: {message}"):
+        assert chosen_for(x) in ("materialize", "mix_inputs")
+    partition, geometry, (alpha, cells, x) = convolution("padding")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was said
-        mixed_conv(*leaves, partition, geometry, "native")
+        mixture_conv(x, alpha, cells, partition, geometry)
+        with pytest.raises(ValueError, match=f"'cpp' cannot compute this layer: {message}.*; materialize, mix_inputs"):
+            mixture_conv(x, alpha, cells, partition, geometry, implementation="cpp")
     assert not list(forgotten.iterdir())
-
-
-def test_auto_says_that_it_is_missing(forgotten, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    x = torch.empty(8, 64, 14, 14)
-    with pytest.warns(UserWarning, match="slower on a CPU"):
-        chosen = choose(Partition((64, 64, 3, 3), (64, 64, 1, 1)), Geometry.of((3, 3), padding=1), 27, x)
-    assert chosen in ("kernels", "streamed")
 
 
 def compiler_that(tmp_path, monkeypatch, *lines):
@@ -281,7 +263,7 @@ def compiler_that(tmp_path, monkeypatch, *lines):
 def test_an_interrupted_compilation_leaves_nothing_to_load(forgotten, monkeypatch, tmp_path, stage):
     fail = f'case " $* " in *" {stage} "*) echo "error: no space left" >&2; exit 1;; esac'
     compiler_that(tmp_path, monkeypatch, fail)
-    with pytest.raises(NativeError, match="no space left"):
+    with pytest.raises(BuildError, match="no space left"):
         library()
     assert not list(forgotten.iterdir())
 
@@ -305,6 +287,6 @@ def test_who_needs_it_at_the_same_time_waits_for_one_that_compiles(forgotten, mo
 def test_a_processor_without_the_instructions(forgotten, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    with pytest.raises(NativeError, match="the processor needs AVX512 or AVX2, and torch found DEFAULT"):
+    with pytest.raises(BuildError, match="the processor needs AVX512 or AVX2, and torch found DEFAULT"):
         library()
     assert not forgotten.exists()

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from parity import assert_parity
 
-from kernelwarehouse.models.ops.dynamic_conv import IMPLEMENTATIONS, dynamic_conv
+from kernelwarehouse.models.ops.geometry import Geometry
+from kernelwarehouse.models.ops.per_sample_conv import IMPLEMENTATIONS, no_depthwise, per_sample_conv
 
 # name: (batch, in channels, out channels, input size, kernel size, other arguments)
 CASES = {
@@ -34,21 +35,27 @@ def operands(case):
     return x, weight, bias, arguments
 
 
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "naive"] + ["auto"])
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"] + ["auto"])
 @pytest.mark.parametrize("case", CASES)
-def test_parity_with_naive(case, implementation):
+def test_parity_with_reference(case, implementation):
     x, weight, bias, arguments = operands(case)
+    if implementation == "depthwise":
+        if reason := no_depthwise(x, weight, Geometry.of(weight.shape[3:], **arguments)):
+            with pytest.raises(ValueError, match="'depthwise' cannot compute this: .*; 'auto' takes another"):
+                per_sample_conv(x, weight, bias, **arguments, implementation=implementation)
+            assert reason
+            return
     assert_parity(
-        lambda: dynamic_conv(x, weight, bias, **arguments, implementation=implementation),
-        lambda: dynamic_conv(x, weight, bias, **arguments, implementation="naive"),
+        lambda: per_sample_conv(x, weight, bias, **arguments, implementation=implementation),
+        lambda: per_sample_conv(x, weight, bias, **arguments, implementation="reference"),
         {"x": x, "weight": weight, "bias": bias},
     )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_naive_is_torch_convolution_of_each_sample(case):
+def test_reference_is_torch_convolution_of_each_sample(case):
     x, weight, bias, arguments = operands(case)
-    y = dynamic_conv(x, weight, bias, **arguments, implementation="naive")
+    y = per_sample_conv(x, weight, bias, **arguments, implementation="reference")
     module = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}[x.ndim]
     for b in range(len(x)):
         conv = module(x.shape[1], weight.shape[1], weight.shape[3:], **arguments, dtype=torch.float64)
@@ -59,7 +66,7 @@ def test_naive_is_torch_convolution_of_each_sample(case):
 def test_equal_kernels_are_an_ordinary_convolution_and_bias_may_differ_by_sample():
     x = torch.randn(4, 3, 8, 8)
     kernel, bias = torch.randn(5, 3, 3, 3), torch.randn(4, 5)
-    y = dynamic_conv(x, kernel.expand(4, -1, -1, -1, -1), bias, padding=1)
+    y = per_sample_conv(x, kernel.expand(4, -1, -1, -1, -1), bias, padding=1)
     torch.testing.assert_close(y, F.conv2d(x, kernel, padding=1) + bias[:, :, None, None], rtol=1e-4, atol=1e-5)
 
 
@@ -69,7 +76,7 @@ def test_equal_kernels_are_an_ordinary_convolution_and_bias_may_differ_by_sample
         ({"x": torch.zeros(0, 4, 5, 5), "weight": torch.zeros(0, 2, 4, 3, 3)}, "batch is empty"),
         ({"weight": torch.zeros(3, 2, 4, 3, 3)}, "2 samples, 3 kernels"),
         ({"x": torch.zeros(2, 5, 5, 5)}, "do not fit 5 input channels"),
-        ({"x": torch.zeros(2, 4, 5)}, "2-D dynamic convolution"),
+        ({"x": torch.zeros(2, 4, 5)}, "2-D per-sample convolution"),
         ({"stride": 0}, "stride"),
         ({"stride": 2, "padding": "same"}, "stride 1"),
         ({"padding": "full"}, "'same' or 'valid'"),
@@ -83,4 +90,4 @@ def test_equal_kernels_are_an_ordinary_convolution_and_bias_may_differ_by_sample
 def test_nonsense_is_refused(change, message):
     arguments = {"x": torch.zeros(2, 4, 5, 5), "weight": torch.zeros(2, 2, 4, 3, 3), **change}
     with pytest.raises(ValueError, match=message):
-        dynamic_conv(**arguments)
+        per_sample_conv(**arguments)
