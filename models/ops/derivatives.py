@@ -61,9 +61,12 @@ def gradients_by_autograd(
             t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
             for t, need in zip(tensors, needs, strict=True)
         ]
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        # What needs a gradient outside of a transform of torch.func need not within it.
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t.requires_grad]
         found = iter(torch.autograd.grad(compute(*inputs), wanted, grad, create_graph=create_graph))
-    return tuple(next(found) if need else None for need in needs)
+    return tuple(
+        next(found) if need and t.requires_grad else None for t, need in zip(inputs, needs, strict=True)
+    )
 
 
 class _Compiled(torch.autograd.Function):

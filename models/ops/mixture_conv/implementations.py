@@ -183,7 +183,7 @@ def _kernels(signature: Signature) -> int:
 
 
 def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """The layers that follow should get what they would from a static one; most forms give channels first."""
+    """The layers that follow should get what they would from a static one."""
     if x.stride(1) != 1:
-        return y
+        return y.contiguous()
     return y.movedim(1, -1).contiguous().movedim(-1, 1)
