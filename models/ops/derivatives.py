@@ -56,17 +56,19 @@ def gradients_by_autograd(
     """The gradients of a function, by computing it again; with a graph of them if gradients are being recorded."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, since one of the tensors may have been made of another.
+        # Views, since one of the tensors may have been made of another. What needs a gradient and records none is of a
+        # transform of torch.func that was left, as the function that torch.func.vjp returns leaves it.
         inputs = [
-            t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
-            for t, need in zip(tensors, needs, strict=True)
+            t if t is None or not need else _input(t, create_graph) for t, need in zip(tensors, needs, strict=True)
         ]
-        # What needs a gradient outside of a transform of torch.func need not within it.
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t.requires_grad]
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(compute(*inputs), wanted, grad, create_graph=create_graph))
-    return tuple(
-        next(found) if need and t.requires_grad else None for t, need in zip(inputs, needs, strict=True)
-    )
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _input(tensor: Tensor, create_graph: bool) -> Tensor:
+    view = tensor.view_as(tensor) if create_graph else tensor.detach()
+    return view if view.requires_grad else view.detach().requires_grad_()
 
 
 class _Compiled(torch.autograd.Function):
