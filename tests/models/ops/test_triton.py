@@ -1,29 +1,21 @@
-"""The fused convolution's Triton kernels: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
+"""The Triton kernels of per-sample convolution: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
 
-import itertools
 import re
 import sys
 import types
-import warnings
 
 import pytest
 import torch
 from convolutions import CONVOLUTIONS, convolution
 from interpreter import DEVICE, INTERPRETED, compile_for_gpu, in_interpreter, needs_triton, run_in_interpreter
-from layers import make, naive_forward
+from layers import make, reference_forward
 from parity import assert_parity
 
-from kernelwarehouse.models.ops import kernel_warehouse
+from kernelwarehouse.models.ops import per_sample_conv
 from kernelwarehouse.models.ops.geometry import Geometry
-from kernelwarehouse.models.ops.kernel_warehouse import (
-    Partition,
-    chained,
-    fused,
-    fused_operators,
-    mixed_conv,
-    set_temperature,
-)
-from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
+from kernelwarehouse.models.ops.mixture_conv import IMPLEMENTATIONS, Partition, mixture_conv, signature_of
+from kernelwarehouse.models.ops.per_sample_conv import triton_conv
+from kernelwarehouse.models.ops.selection import select
 
 
 def case(name):
@@ -55,17 +47,12 @@ def test_in_the_interpreter():
 
 @in_interpreter
 class TestKernels:
-    @pytest.fixture(autouse=True)
-    def nothing_is_streamed(self, monkeypatch):
-        monkeypatch.setattr(fused, "streamed_conv", None)
-        monkeypatch.setattr(chained, "stream", None)
-
     @pytest.mark.parametrize("name", CONVOLUTIONS)
-    def test_parity_with_naive(self, name):
+    def test_parity_with_reference(self, name):
         partition, geometry, (alpha, cells, x) = case(name)
         assert_parity(
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "fused"),
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
+            lambda: mixture_conv(x, alpha, cells, partition, geometry, implementation="triton"),
+            lambda: mixture_conv(x, alpha, cells, partition, geometry, implementation="reference"),
             {"alpha": alpha, "cells": cells, "x": x},
         )
 
@@ -77,8 +64,8 @@ class TestKernels:
             multiply_bfloat16(monkeypatch)
         partition, geometry, (alpha, cells, x) = case("padding")
         assert_parity(
-            lambda: mixed_conv(alpha.to(dtype), cells, x.to(dtype), partition, geometry, "fused"),
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
+            lambda: mixture_conv(x.to(dtype), alpha.to(dtype), cells, partition, geometry, implementation="triton"),
+            lambda: mixture_conv(x, alpha, cells, partition, geometry, implementation="reference"),
             {"alpha": alpha, "cells": cells, "x": x},
             tolerance,
         )
@@ -86,7 +73,7 @@ class TestKernels:
     def test_any_layout(self):
         """Channels last stay so; cells, inputs and gradients may have any strides."""
         partition, geometry, (alpha, cells, x) = case("stride")
-        expected = mixed_conv(alpha, cells, x, partition, geometry, "naive")
+        expected = mixture_conv(x, alpha, cells, partition, geometry, implementation="reference")
         truth = torch.autograd.grad(expected.sum(), (alpha, cells, x))
         images = {
             "channels last": x.to(memory_format=torch.channels_last),
@@ -95,148 +82,107 @@ class TestKernels:
         }
         for name, image in images.items():
             rows = cells.transpose(0, 1).contiguous().transpose(0, 1)
-            y = mixed_conv(alpha, rows, image, partition, geometry, "fused")
+            y = mixture_conv(image, alpha, rows, partition, geometry, implementation="triton")
             assert y.is_contiguous(memory_format=torch.channels_last) == (name == "channels last")
             torch.testing.assert_close(y, expected, check_stride=False)
             received = torch.autograd.grad(y.sum(), (alpha, cells, x))  # of which every stride is 0
             torch.testing.assert_close(received, truth, check_stride=False)
 
-    def test_kernels_of_a_few_samples_at_a_time(self, monkeypatch):
-        partition, geometry, (alpha, cells, x) = case("stride")
-        alpha, x = (torch.cat([t, 2 * t, 3 * t[:1]]).detach().requires_grad_() for t in (alpha, x))
-        monkeypatch.setattr(fused_operators, "_CHUNK_BYTES", 3 * 4 * 6 * 9 * 8)
-        whole = torch.empty(5, 2, 9, 5, dtype=torch.float64)
-        assert list(fused_operators._chunks(whole, cells, False)) == [slice(0, 3), slice(3, 5)]
+    def test_a_bank_for_each_part(self):
+        partition, geometry, (alpha, _, x) = case("padding")
+        bank = torch.randn(5, *partition.kernel, dtype=torch.float64, device=DEVICE, requires_grad=True)
         assert_parity(
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "fused"),
-            lambda: mixed_conv(alpha, cells, x, partition, geometry, "naive"),
-            {"alpha": alpha, "cells": cells, "x": x},
+            lambda: mixture_conv(x, alpha, bank, partition, geometry, implementation="triton"),
+            lambda: mixture_conv(x, alpha, bank, partition, geometry, implementation="reference"),
+            {"alpha": alpha, "bank": bank, "x": x},
         )
 
     @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
     def test_gradients_that_nobody_wants_are_not_computed(self, wanted):
         partition, geometry, tensors = case("pointwise")
         tensors = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-        mixed_conv(*tensors, partition, geometry, "fused").square().sum().backward()
+        mixture_conv(tensors[2], *tensors[:2], partition, geometry, implementation="triton").square().sum().backward()
         assert tuple(t.grad is not None for t in tensors) == wanted
 
     def test_an_input_smaller_than_the_kernel_is_refused(self):
         partition, geometry, (alpha, cells, x) = case("stride")
         with pytest.raises(ValueError, match="an input of 2 × 5 is too small"):
-            mixed_conv(alpha, cells, x[:, :, :2], partition, geometry, "fused")
+            mixture_conv(x[:, :, :2], alpha, cells, partition, geometry, implementation="triton")
 
-    def test_second_order_is_refused(self):
+    def test_second_derivatives(self):
         partition, geometry, (alpha, cells, x) = case("pointwise")
-        y = mixed_conv(alpha, cells, x, partition, geometry, "fused")
-        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        found = []
+        for name in ("triton", "reference"):
+            y = mixture_conv(x, alpha, cells, partition, geometry, implementation=name)
+            (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), (alpha, cells, x)))
+        torch.testing.assert_close(*found)
 
-    @pytest.mark.parametrize("kind", ["conv2d-nonlocal", "conv1d-circular", "linear-tokens"])
+    @pytest.mark.parametrize("kind", ["conv2d", "conv2d-nonlocal", "conv1d-circular", "linear-tokens"])
     def test_layers(self, kind):
-        layer, warehouses, x = make(kind)
-        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE).requires_grad_()
-        layer.implementation = "fused"
-        leaves = {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())}
-        assert_parity(lambda: layer(x), lambda: naive_forward(layer, x, 0.0), leaves, tolerance=1e-10)
+        layer, x = make(kind)
+        layer, x = layer.to(DEVICE), x.to(DEVICE).requires_grad_()
+        layer.implementation = "triton"
+        leaves = {"x": x, **dict(layer.named_parameters())}
+        assert_parity(lambda: layer(x), lambda: reference_forward(layer, x, 0.0), leaves, tolerance=1e-10)
         with torch.inference_mode():
             y = layer(x)
         torch.testing.assert_close(y, layer(x))
 
-    @pytest.mark.parametrize("chunk", [1, 1 << 20])
-    @pytest.mark.parametrize("kind", ["conv2d", "conv2d-half-budget", "conv2d-nonlocal", "conv1d-circular"])
-    def test_kernels_first(self, kind, chunk, monkeypatch):
-        monkeypatch.setattr(fused_operators, "_CHUNK_BYTES", chunk)
-        layer, warehouses, x = make(kind)
-        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x.to(DEVICE).requires_grad_()
-        set_temperature(warehouses, 0.3)
-        leaves = {"x": x, "cells": warehouses.w, **dict(layer.named_parameters())}
-
-        def first():
-            rest = warehouses.temperature, layer.partition, layer.geometry, layer.bias
-            return chained.chained_conv(layer.attention, layer.cells, x, *rest, fused=True)
-
-        assert_parity(first, lambda: naive_forward(layer, x, 0.3), leaves, tolerance=1e-10)
-
-    def test_large_batches_have_kernels_first(self, monkeypatch):
-        layer, warehouses, x = make("conv2d")
-        layer, x = layer.to(DEVICE), x.to(DEVICE)
-        warehouses.to(DEVICE)
-        layer.implementation = "fused"
-        many = x[:1].expand(40, -1, -1, -1).clone()
-        layer.eval()
-        expected = layer(x[:1])
-        taken = []
-        compute = chained.fused_chain
-        monkeypatch.setattr(chained, "fused_chain", lambda *a: taken.append(len(a[0])) or compute(*a))
-        torch.testing.assert_close(layer(many), expected.expand(40, -1, -1, -1))
-        assert taken == [40]
-        layer(many[:30])  # 18 products for each of 40 cells, and for each sample, are more than 40 for each sample
-        assert taken == [40]
-
-    @pytest.mark.parametrize("batch", [2, 40])  # cells first, and kernels first
-    def test_compiled_in_one_graph(self, batch):
-        layer, warehouses, x = make("conv2d")
-        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x[:2].repeat(batch // 2, 1, 1, 1).to(DEVICE)
-        layer.implementation = "fused"
+    def test_compiled_in_one_graph(self):
+        layer, x = make("conv2d")
+        layer, x = layer.to(DEVICE), x[:2].to(DEVICE)
+        layer.implementation = "triton"
         torch._dynamo.reset()
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-        leaves = {"x": x.requires_grad_(), "cells": warehouses.w, **dict(layer.named_parameters())}
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        leaves = {"x": x.requires_grad_(), **dict(layer.named_parameters())}
         assert_parity(lambda: compiled(x), lambda: layer(x), leaves, tolerance=1e-11)
 
     @pytest.mark.parametrize("channels_last", [False, True])
     def test_what_the_compiler_is_told_is_true(self, channels_last):
         """Shapes, strides and types of the operators' results, and that they change none of their arguments."""
-        partition, _, (alpha, cells, x) = case("stride")
+        partition, _, (_, _, x) = case("stride")
         x = x.detach().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        alpha, cells = alpha.detach().view(2, 9, 2, 1, 5).transpose(1, 2).flatten(2, 3), cells.detach()
+        kernels = torch.randn(len(x), partition.kernel[0], 9, x.shape[1], dtype=x.dtype, device=DEVICE)
         window = [3, 3, 2, 2, 0, 0, 1, 1]
         grad = torch.randn(2, partition.kernel[0], 3, 2, dtype=x.dtype, device=DEVICE)
-        operators = fused_operators.convolve, fused_operators.gradient_of_x, fused_operators.gradients_of_kernels
-        terms = torch.randn(*alpha.shape[1:], *partition.cell[:2], dtype=x.dtype, device=DEVICE)
-        for operator, (mixed, own) in itertools.product(operators, [(cells, False), (terms, True)]):
-            received = [] if operator is operators[0] else [grad]
-            arguments = (*received, alpha, mixed, x, window, own)
+        for operator, arguments in (
+            (triton_conv.convolve, (x, kernels, window)),
+            (triton_conv.gradient_of_x, (grad, x, kernels, window)),
+            (triton_conv.gradient_of_kernels, (grad, x, window)),
+        ):
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
-def test_streams_on_a_cpu_and_says_so_once():
+def test_on_a_cpu_it_is_refused_by_name():
     partition, geometry, (alpha, cells, x) = case("padding")
-    fused._warn_once.cache_clear()
-    with pytest.warns(
-        UserWarning, match="'fused' gives way to 'streamed': its kernels run on CUDA devices, not on 'cpu'"
-    ):
-        y = mixed_conv(alpha, cells, x, partition, geometry, "fused")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(y, mixed_conv(alpha, cells, x, partition, geometry, "fused"))
-    assert torch.equal(y, mixed_conv(alpha, cells, x, partition, geometry, "streamed"))
-    torch._dynamo.reset()
-    compiled = torch.compile(mixed_conv, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(alpha, cells, x, partition, geometry, "fused"), y)
+    with pytest.raises(ValueError, match="'triton' cannot compute this layer: Triton's kernels run on CUDA devices, not"):
+        mixture_conv(x, alpha, cells, partition, geometry, implementation="triton")
 
 
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, f"{kernel_warehouse.__name__}.fused_kernels", raising=False)
-    monkeypatch.delattr(kernel_warehouse, "fused_kernels", raising=False)
-    assert fused._obstacle.__wrapped__("cuda", torch.float32) == "Triton is not installed"
+    monkeypatch.delitem(sys.modules, f"{per_sample_conv.__name__}.triton_kernels", raising=False)
+    monkeypatch.delattr(per_sample_conv, "triton_kernels", raising=False)
+    assert triton_conv._unavailable.__wrapped__("cuda", torch.float32) == "Triton is not installed"
 
 
 def test_a_triton_without_double_precision_is_named(monkeypatch):
-    kernels = types.ModuleType("fused_kernels")
+    kernels = types.ModuleType("triton_kernels")
     kernels.MULTIPLIES_DOUBLE = False
-    monkeypatch.setattr(kernel_warehouse, "fused_kernels", kernels, raising=False)
-    monkeypatch.setitem(sys.modules, f"{kernel_warehouse.__name__}.fused_kernels", kernels)
-    assert "float64" in fused._obstacle.__wrapped__("cuda", torch.float64)
+    monkeypatch.setattr(per_sample_conv, "triton_kernels", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, f"{per_sample_conv.__name__}.triton_kernels", kernels)
+    assert "float64" in triton_conv._unavailable.__wrapped__("cuda", torch.float64)
 
 
 @pytest.mark.parametrize(("kernel", "size"), [((64, 64, 3, 3), (56, 56)), ((512, 512, 3, 3), (7, 7))])
 def test_taken_only_by_name(kernel, size):
     """A tensor without data stands for one on a GPU: every device but the CPU takes the GPU's factors."""
     partition, geometry = Partition(kernel, (*kernel[:2], 1, 1)), Geometry.of(kernel[2:], padding=1)
-    assert choose(partition, geometry, 56, torch.empty(64, kernel[1], *size, device="meta")) in ("streamed", "inputs")
+    x = torch.empty(64, kernel[1], *size, device="meta")
+    chosen = select(signature_of(x, 56, True, partition, geometry, "mixture_conv"), IMPLEMENTATIONS).name
+    assert chosen in ("materialize", "mix_inputs")
 
 
 @needs_triton
@@ -245,16 +191,16 @@ def test_taken_only_by_name(kernel, size):
 @pytest.mark.parametrize("name", ["convolve", "convolve_transposed", "correlate"])
 def test_compiles_for_gpus_that_are_not_here(name, architecture, type_name, tile, monkeypatch, tmp_path):
     """With products on the tensor cores, and loads that run ahead: of 16 bytes, for 16-bit images, channels last."""
-    from kernelwarehouse.models.ops.kernel_warehouse import fused_kernels
+    from kernelwarehouse.models.ops.per_sample_conv import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tuner = getattr(fused_kernels, name)
+    tuner = getattr(triton_kernels, name)
     config, names = tuner.configs[tile], tuner.fn.arg_names
-    constants = dict(zip(fused_operators.Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
+    constants = dict(zip(triton_conv.Window._fields, (3, 3, 2, 2, 1, 1, 1, 1), strict=True))
     constants |= {"precision": "tf32", **config.kwargs}
     constants |= {step: 1 for step in ("x_c", "y_o", "g_o") if step in names}
     types = dict.fromkeys({"x", "w", "y", "grad", "grad_x", "grad_w"} & set(names), f"*{type_name}")
-    sizes = [size for size in names if size.startswith(("x_", "w_", "y_", "g_", "cell_")) or size.endswith("_channels")]
+    sizes = [size for size in names if size.startswith(("x_", "w_", "y_", "g_")) or size.endswith("_channels")]
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = compile_for_gpu(tuner.fn, architecture, types, constants, options, [*types, *sizes])
     loads = re.findall(r"cp\.async\.\S+ \[[^]]*\], \[[^]]*\], (\w+)", compiled.asm["ptx"])
