@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
@@ -137,7 +137,7 @@ def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool
     backbone = ALIASES.get(preset.backbone, preset.backbone)
     if not timm.is_model(backbone):
         raise ConfigError(f"timm has no network {backbone!r}{_nearest(name)}")
-    net = timm.create_model(backbone, pretrained=pretrained, **kwargs)
+    net: Any = timm.create_model(backbone, pretrained=pretrained, **kwargs)
     cfg = {**(net.pretrained_cfg or {}), "architecture": name}
     net.pretrained_cfg = net.default_cfg = cfg if pretrained else {**cfg, **_NO_WEIGHTS}
     convert_(net, cls(**{**preset.fields, **fields}), keep_weights=pretrained)

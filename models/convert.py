@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from .layers import LAYERS, Layer
 from .obstacles import Obstacles
 from .operators import get_operator
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .ops.tied import Temperature, Tied
 from .plan import ConversionPlan, LayerPlan
-from .sites import LAYERS, check_network, find_sites
+from .sites import check_network, find_sites
 
 
 def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
@@ -77,7 +78,7 @@ def convert_(
     return net
 
 
-def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.Module]) -> dict[str, DynamicLayer]:
+def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, Layer]) -> dict[str, DynamicLayer]:
     """New layers by name, sharing what the plan says, with one temperature."""
     weight = next(iter(old.values())).weight
     shared = operator.shared(plan, weight.device, weight.dtype)
@@ -95,7 +96,7 @@ def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.
     return layers
 
 
-def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> None:
+def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, Layer]) -> None:
     """Mode and trainability: a bias is trained if the old one was, all else if the old weight was."""
     users: dict[Tied, list[bool]] = {}
     for name, layer in new.items():
@@ -115,7 +116,7 @@ def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> N
         module.requires_grad_(any(trained))
 
 
-def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
+def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, Layer]:
     """The layers of `net` that the plan names, each checked to be what it expects and to stand in nobody's way."""
     modules = dict(net.named_modules())
     obstacles = Obstacles(net)
@@ -134,7 +135,7 @@ def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
     return found
 
 
-def _fits(module: nn.Module, layer: LayerPlan) -> bool:
+def _fits(module: Layer, layer: LayerPlan) -> bool:
     shape = tuple(module.weight.shape)
     widened = shape + (1,) * (len(layer.kernel) - len(shape)) if isinstance(module, nn.Linear) else shape
     return layer.kind in (cls.__name__ for cls in type(module).__mro__) and widened == layer.kernel

@@ -73,8 +73,8 @@ def get_operator(name: str) -> Operator:
         near = difflib.get_close_matches(name, operator_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(operator_names())}."
         raise ConfigError(
-            f"operator {name!r} is not known; {hint} One of another package is brought in by installing it, or by --import "
-            "MODULE (custom_imports in mmdetection)"
+            f"operator {name!r} is not known; {hint} One of another package is brought in by installing it, or by "
+            "--import MODULE (custom_imports in mmdetection)"
         )
     _registered[name] = operator()
     return _registered[name]

@@ -1,6 +1,7 @@
 """The plan of a conversion: which layer is replaced by what. Pure data: printable, serialisable.
 
-An operator's plan is a subclass of `ConversionPlan` with layers of a subclass of `LayerPlan`, which add what it decides.
+An operator's plan is a subclass of `ConversionPlan` with layers of a subclass of `LayerPlan`, which add what it
+decides.
 """
 
 import dataclasses

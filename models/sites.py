@@ -1,13 +1,14 @@
 """The layers of a network that an operator may replace, with what is known about each: `find_sites`.
 
-For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's stage,
-block and role; for any other network they follow from its structure (`structure.py`). No operator is known here: which
-layers one replaces, and which share what, is its own business.
+For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's
+stage, block and role; for any other network they follow from its structure (`structure.py`). No operator is known here:
+which layers one replaces, and which share what, is its own business.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torchvision
@@ -17,10 +18,9 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .layers import LAYERS, Layer
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def find_family(net: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.matches(net)), None)
 
 
-def _describe(name: str, layer: nn.Module) -> Site:
+def _describe(name: str, layer: Layer) -> Site:
     kind = next(cls.__name__ for cls in LAYERS if isinstance(layer, cls))
     weight, bias = layer.weight, layer.bias is not None
     kernel = tuple(weight.shape)
@@ -228,7 +228,7 @@ def _describe(name: str, layer: nn.Module) -> Site:
     )
 
 
-def _place_by_structure(name: str, layer: nn.Module, trace: Trace) -> Place:
+def _place_by_structure(name: str, layer: Layer, trace: Trace) -> Place:
     """The first layer of all reads the image; what reads a single position works on pooled features."""
     if name not in trace.shapes:
         return "", "", "unused" if trace.error is None else "body"
@@ -322,9 +322,12 @@ def _place_vit(names: list[str]) -> dict[str, Place]:
 
 def _is_mobilenetv2(net: nn.Module) -> bool:
     """timm builds many networks from one class; MobileNetV2 has seven settings of 3×3 blocks without attention."""
-    if not isinstance(net, EfficientNet) or len(net.blocks) != 7 or len(net.blocks[0]) != 1:
+    if not isinstance(net, EfficientNet):
         return False
-    blocks = [block for stage in net.blocks for block in stage]
+    stages: list[Any] = list(net.blocks)
+    if len(stages) != 7 or len(stages[0]) != 1:
+        return False
+    blocks = [block for stage in stages for block in stage]
     plain = all(isinstance(getattr(block, "se", None), nn.Identity) for block in blocks)
     return plain and all(getattr(getattr(b, "conv_dw", None), "kernel_size", None) == (3, 3) for b in blocks)
 

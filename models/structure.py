@@ -1,10 +1,13 @@
-"""What a network without a table does with an input: `trace_layers` runs it on the meta device and watches its layers."""
+"""What a network without a table does with an input: `trace_layers` runs it on meta and watches its layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from .layers import Layer
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Trace:
     error: str | None = None
 
 
-def trace_layers(net: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | None = None) -> Trace:
+def trace_layers(net: nn.Module, layers: Mapping[str, Layer], example_input: Tensor | None = None) -> Trace:
     """Run `net` on the meta device, without touching its weights, and leave it as it was.
 
     It runs twice, the second time with one sample more: only then does a dimension that follows the batch show.
@@ -47,11 +50,14 @@ def trace_layers(net: nn.Module, layers: Mapping[str, nn.Module], example_input:
         larger = _input_shapes(net, layers, (batch + 1, *shape), example.dtype)
     except Exception:  # it was made for one batch, which then has to tell
         larger = None
-    repeats = {name: _repeats(seen[0], larger and larger.get(name, (0,))[0], batch) for name, seen in shapes.items()}
+    repeats = {
+        name: _repeats(seen[0], None if larger is None else larger.get(name, (0,))[0], batch)
+        for name, seen in shapes.items()
+    }
     return Trace(shapes, repeats)
 
 
-def guess_input(net: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
+def guess_input(net: nn.Module, layers: Mapping[str, Layer]) -> Tensor:
     """An input of two samples on the meta device, by timm's default configuration or else by the first layer.
 
     Raises:
@@ -60,7 +66,7 @@ def guess_input(net: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
     cfg = getattr(net, "default_cfg", None)
     first = next(iter(layers.values()))
     if isinstance(cfg, Mapping) and len(cfg.get("input_size") or ()) == 3:
-        channels = getattr(first, "in_channels", cfg["input_size"][0])
+        channels = cfg["input_size"][0] if isinstance(first, nn.Linear) else first.in_channels
         size = (channels, *cfg["input_size"][1:])
     elif isinstance(first, nn.Linear):
         raise ValueError("its input cannot be guessed from a linear layer")
@@ -79,17 +85,15 @@ def _repeats(first: int, first_of_larger: int | None, batch: int) -> int:
 
 
 def _input_shapes(
-    net: nn.Module, layers: Mapping[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype
+    net: nn.Module, layers: Mapping[str, Layer], shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, tuple[int, ...]]:
     """Shape of each layer's first input, in the order in which the layers run."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str, args: tuple) -> None:
+    def note(name: str, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         shapes.setdefault(name, tuple(args[0].shape))
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
     modes = {module: module.training for module in net.modules()}
     state = {name: t.to("meta") for group in (net.named_parameters, net.named_buffers) for name, t in group()}
     try:

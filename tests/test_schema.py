@@ -147,5 +147,10 @@ def test_descriptions_do_not_depend_on_how_python_indents_docstrings():
 
 
 def test_no_field_has_two_owners():
-    names = [f.name for cls in (KWConfig, ModelConfig, RunConfig) for f in dataclasses.fields(cls) if f.name != "operator_fields"]
+    names = [
+        f.name
+        for cls in (KWConfig, ModelConfig, RunConfig)
+        for f in dataclasses.fields(cls)
+        if f.name != "operator_fields"
+    ]
     assert len(names) == len(set(names)) == len(known_fields(KWConfig))

@@ -9,9 +9,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from kernelwarehouse.models import read_config
 from kernelwarehouse.detection import test, train
-from kernelwarehouse.models import build_model, read_checkpoint
+from kernelwarehouse.models import build_model, read_checkpoint, read_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"quickstart": "kw1x_resnet18", "quickstart_static": "resnet18"}

@@ -63,7 +63,12 @@ def test_a_checkpoint_is_written_every_so_many_minutes(tiny_config, cpu, tmp_pat
 
 @pytest.mark.parametrize("epochs", [1, 3], ids=["while_annealing", "after"])
 def test_evaluating_a_checkpoint_gives_the_accuracy_that_training_logged(tiny_config, cpu, tmp_path, epochs, capsys):
-    fields = CONVERTED | {"output_dir": str(tmp_path), "temp_epoch": epochs / 1.5, "model_ema": True, "model_ema_decay": 0.5}
+    fields = CONVERTED | {
+        "output_dir": str(tmp_path),
+        "temp_epoch": epochs / 1.5,
+        "model_ema": True,
+        "model_ema_decay": 0.5,
+    }
     train_run(tiny_config(**fields, epochs=epochs, model_ema_eval=True), cpu)
     logged = log_lines(tmp_path)[-1]
     assert (logged["train_temperature"] > 0) == (epochs == 1)

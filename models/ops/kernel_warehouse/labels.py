@@ -1,7 +1,7 @@
 """Which layers share a warehouse: the tables of upstream and its paper, and a rule for every other network.
 
-A label reads ``stage{s}_layer{l}_{role}{i}``; layers whose labels agree after the sharing range has dropped numbers share
-a warehouse. Labels come in the order in which upstream constructs the layers, which numbers the warehouses.
+A label reads ``stage{s}_layer{l}_{role}{i}``; layers whose labels agree after the sharing range has dropped numbers
+share a warehouse. Labels come in the order in which upstream constructs the layers, which numbers the warehouses.
 """
 
 import math

@@ -126,7 +126,7 @@ class KWLayer(DynamicLayer):
             return folded_conv(self.attention, self.products, x, self.partition, self.geometry, self.bias)
         implementation = self._implementation(x)
         if compute := self._kernels_first(x, implementation) or self._at_once(x, implementation):
-            temperature = self.temperature.value
+            temperature = self.tau
             return compute(self.attention, self.cells, x, temperature, self.partition, self.geometry, self.bias)
         alpha, x = self._attend(x, implementation)
         return mixed_conv(alpha, self.cells, x, self.partition, self.geometry, implementation, self.bias)
@@ -186,7 +186,7 @@ class KWLayer(DynamicLayer):
 
     def _attend(self, x: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
         """α for x, and x, to be used in place of it from here on."""
-        temperature = self.temperature.value
+        temperature = self.tau
         if attends_at_once(self.attention, x, implementation):
             return attend_at_once(self.attention, x, temperature)
         pooled, x = pool(x)
@@ -196,7 +196,7 @@ class KWLayer(DynamicLayer):
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         if self.products is not None:
             return folded_kernels(self.attention, self.products, pool(x)[0], self.partition)
-        return mix(self.attention(pool(x)[0], self.temperature.value), self.cells, self.partition)
+        return mix(self.attention(pool(x)[0], self.tau), self.cells, self.partition)
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> None:
@@ -209,7 +209,7 @@ class KWLayer(DynamicLayer):
             ValueError: A layer in training mode, at a temperature, whose cells cannot be streamed, or
                 whose attention was changed.
         """
-        if self.training or self.temperature.value.item() != 0:
+        if self.training or self.tau.item() != 0:
             raise ValueError("only a trained layer can be merged: in evaluation mode, at temperature 0")
         if not supports("streamed", self.partition, self.geometry):
             raise ValueError("a grouped convolution, or cells that span positions of the kernel, cannot be merged")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ...plan import ConversionPlan, LayerPlan, restored, shape_text
 from .attention import parameter_count
@@ -64,6 +64,7 @@ class KWPlan(ConversionPlan):
         norm: Their normalisation, "batch" or "layer".
     """
 
+    layers: tuple[KWLayerPlan, ...]
     warehouses: tuple[WarehousePlan, ...]
     reduction: float
     norm: str
@@ -101,7 +102,7 @@ class KWPlan(ConversionPlan):
     def restore(cls, fields: Mapping[str, Any]) -> "KWPlan":
         """As `ConversionPlan.restore`."""
         warehouses = tuple(restored(WarehousePlan, warehouse) for warehouse in fields["warehouses"])
-        plan = super().restore({**fields, "warehouses": warehouses})
+        plan = cast("KWPlan", super().restore({**fields, "warehouses": warehouses}))
         for layer in plan.layers:
             if Partition(layer.kernel, plan.warehouse(layer.warehouse).cell).mixtures != layer.mixtures:
                 raise ValueError(f"layer {layer.name} does not have {layer.mixtures} mixtures")
