@@ -166,6 +166,8 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
         site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=found.get(name, ()))
         known = 1 if family is not None or site.kind != "Linear" else None
         repeats = trace.repeats.get(name, known) if family is None else known
+        if site.kind == "Linear" and _is_sequence_first(net, name):
+            repeats = 0
         sites.append(
             replace(
                 site,
@@ -239,6 +241,14 @@ def _place_by_structure(name: str, layer: Layer, trace: Trace) -> Place:
         return stage, "", "stem"
     single = all(size <= 1 for size in positions)
     return stage, "", "head" if single else "body"
+
+
+def _is_sequence_first(net: nn.Module, name: str) -> bool:
+    """Whether a layer is part of one of torch's modules that are told to read (tokens, batch, channels)."""
+    parents = [net.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
+    parts = [part for parent in parents for part in (parent, *parent.children())]
+    torchs = (nn.MultiheadAttention, nn.RNNBase)
+    return any(isinstance(part, torchs) and not part.batch_first for part in parts)
 
 
 def _find_readers(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
