@@ -108,7 +108,7 @@ class TestFirstDimension:
     def test_torchs_transformer_is_refused_in_its_default_layout(self):
         encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False)
         with pytest.raises(ValueError, match=r"linear1 reads an input whose first dimension is not the batch"):
-            plan_conversion(encoder, KWConfig(include=(r".*linear[12]",)), example_input=torch.randn(7, 5, 8))
+            plan_conversion(encoder, KWConfig(warehouses={r".*linear[12]": "mlp"}), example_input=torch.randn(7, 5, 8))
 
     @pytest.mark.parametrize("mask", [False, True])
     def test_torchs_transformer_converts_where_the_batch_is_first(self, mask):
