@@ -110,3 +110,11 @@ def test_averages_of_all_entries_are_told(average):
         set_temperature(averaged, 0.5)
         assert temperatures(averaged) == {"kernel_warehouse": 0.5}
     torch.testing.assert_close(averaged.module(X), net(X))
+
+
+def test_an_exported_network_has_the_temperature_that_it_was_exported_at(tmp_path):
+    net = network(0.5)
+    torch.export.save(torch.export.export(net, (X,)), tmp_path / "net.pt2")
+    expected = net(X).detach()
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    torch.testing.assert_close(program(X).detach(), expected, rtol=1e-4, atol=1e-4)
