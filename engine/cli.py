@@ -4,9 +4,10 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NoReturn, get_type_hints
 
-from ..configs.schema import Config, ConfigError, Fields, chosen_operator, field_help, known_fields
+from ..configs.schema import Config, ConfigError, Fields, chosen_operator, field_help, field_names, known_fields
 from ..configs.schema.fields import read_fields, reject_unknown
 from ..models import SCHEMAS, operator_names, read_config
 from .signals import EXIT_INTERRUPTED
@@ -43,13 +44,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
 
 def _explain(name: str, operator: type[Fields] | None) -> NoReturn:
     """Say what is wrong with an option that the command line does not have."""
-    owners = [other for other in operator_names() if name in known_fields(SCHEMAS[other])]
-    if owners and operator is None:
+    fields = {} if operator else {other: field_names(SCHEMAS[other]) for other in operator_names()}
+    owners = [other for other, names in fields.items() if name in names]
+    if owners:
         raise ConfigError(
             f"command line: --{name} is a field of {' or '.join(owners)}: choose that by --operator, or by the model's "
             "prefix"
         )
-    reject_unknown([name], [*known_fields(operator), "kw_config", "import"], "command line")
+    reject_unknown([name], [*known_fields(operator), *chain(*fields.values()), "kw_config", "import"], "command line")
     raise ConfigError(f"command line: --{name} cannot be read")
 
 
