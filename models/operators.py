@@ -26,6 +26,7 @@ GROUP = "kernelwarehouse.operators"
 _TABLE: dict[str, tuple[str, str]] = {
     "kernel_warehouse": ("kw", ".ops.kernel_warehouse:KernelWarehouse"),
 }
+_OTHERS = "One of another package is brought in by installing it, or by --import MODULE (custom_imports in mmdetection)"
 _registered: dict[str, Operator] = {}
 
 
@@ -80,10 +81,7 @@ def get_operator(name: str) -> Operator:
     else:
         near = difflib.get_close_matches(name, operator_names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(operator_names())}."
-        raise ConfigError(
-            f"operator {name!r} is not known; {hint} One of another package is brought in by installing it, or "
-            "by --import MODULE (custom_imports in mmdetection)"
-        )
+        raise ConfigError(f"operator {name!r} is not known; {hint} {_OTHERS}")
     return _registered[name]
 
 
@@ -96,6 +94,9 @@ def split_model_name(model: str) -> tuple[str, str] | None:
     """("kw_resnet34") → (operator's name, "resnet34"); a name with a digit behind the prefix is a preset, kept whole.
 
     None for a name without an operator's prefix, and for one of timm's own, whatever it begins with.
+
+    Raises:
+        ConfigError: The name of a network of timm's behind a prefix that no operator has.
     """
     for name in _TABLE:
         if split := _split(model, name):
@@ -108,6 +109,9 @@ def split_model_name(model: str) -> tuple[str, str] | None:
                 return split
         except ConfigError as e:  # of a plugin, which may have nothing to do with this model
             warnings.warn(str(e), stacklevel=2)
+    prefix, _, backbone = model.partition("_")
+    if re.fullmatch(r"[a-z]+(\d\w*)?", prefix) and timm.is_model(backbone):
+        raise ConfigError(f"model {model!r}: no operator has the prefix of {prefix!r}. {_OTHERS}")
     return None
 
 

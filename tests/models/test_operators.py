@@ -123,7 +123,7 @@ class TestConversion:
 
     def test_implementations(self, net):
         convert_(net, ToyConfig())
-        with pytest.raises(ValueError, match="implementation must be auto; found 'reference'"):
+        with pytest.raises(ValueError, match=r"layer1\.0\.conv1: .*'reference'"):
             set_implementation(net, "reference")
         set_implementation(net, "auto")
 
@@ -253,6 +253,15 @@ class TestByName:
         with pytest.raises(ConfigError, match=message) as error:
             build_model(fields)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["od_resnet18", "od1x_resnet18"])
+    def test_a_prefix_without_an_operator_is_one_line(self, name):
+        message = f"model '{name}': no operator has the prefix of 'od.*--import MODULE"
+        for make in (kernelwarehouse.create_model, find_preset, lambda name: build_model({"model": name})):
+            with pytest.raises(ConfigError, match=message):
+                make(name)
+        with pytest.raises(ConfigError, match=f"command line: {message}"):
+            parse_arguments(["--model", name, "--kernel_num", "4"])
 
     def test_help_shows_its_fields_and_a_static_networks_does_not(self, capsys):
         texts = {}
