@@ -70,8 +70,11 @@ def _operator(arguments: Sequence[str] | None) -> type[Fields] | None:
     file = options.pop("kw_config")
     fields = read_fields(file) if file else {}
     fields |= {name: value for name, value in options.items() if value is not None}
-    name = chosen_operator(fields, SCHEMAS)
-    return SCHEMAS[name] if name else None
+    try:
+        name = chosen_operator(fields, SCHEMAS)
+        return SCHEMAS[name] if name else None
+    except ConfigError as e:
+        raise ConfigError(f"{file if file and options['operator'] is None else 'command line'}: {e}") from None
 
 
 def build_parser(operator: type[Fields] | None = None) -> argparse.ArgumentParser:

@@ -107,7 +107,7 @@ def registered_models() -> dict[str, str]:
 
 
 def _nearest(model: str) -> str:
-    names = [*registered_models(), *ALIASES, *timm.list_models()]
+    names = {*registered_models(), *ALIASES, *timm.list_models()}
     near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 

@@ -29,7 +29,8 @@ def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Te
     """
     operator = get_operator(config.operator)
     _check_not_converted(net, operator)
-    plan = operator.plan(find_sites(net, example_input, readers=operator.needs_readers), config)
+    sites = find_sites(net, example_input, readers=operator.needs_readers, converted=dynamic_layers(net))
+    plan = operator.plan(sites, config)
     if not plan.layers:
         raise ValueError(f"nothing to convert in {type(net).__name__}")
     return plan

@@ -6,8 +6,9 @@ which layers one replaces, and which share what, is its own business.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -134,7 +135,13 @@ class Family:
     place: Callable[[list[str]], dict[str, Place]]
 
 
-def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: bool = False) -> Sites:
+def find_sites(
+    net: nn.Module,
+    example_input: Tensor | None = None,
+    *,
+    readers: bool = False,
+    converted: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Sites:
     """Find the layers of `net` that may be replaced, changing nothing.
 
     Args:
@@ -142,12 +149,15 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
         example_input: For a network without a table: an input of it, of which shape and type are used; it is run once
             or twice on the meta device. None guesses one.
         readers: Whether to find out which sites read each one's output.
+        converted: Layers of other operators by name: they are no sites, and what is inside of them is theirs.
 
     Raises:
         ValueError: A wrapped network, a single layer, or one without convolutions and linear layers of torch.nn.
     """
     check_network(net)
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, LAYERS)}
+    insides = tuple(f"{name}." for name in converted)
+    found = {name: m for name, m in net.named_modules() if not name.startswith(insides)}
+    layers = {name: m for name, m in found.items() if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
     family = find_family(net)
@@ -156,14 +166,15 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
     if family is not None:
         places = family.place(list(layers))
     else:
-        trace = trace_layers(net, layers, example_input)
+        watched = {name: m for name, m in found.items() if name in layers or name in converted}
+        trace = trace_layers(net, watched, example_input)
         places = {name: _place_by_structure(name, layers[name], trace) for name in layers}
     obstacles = Obstacles(net)
-    found = _find_readers(net, layers) if readers else {}
+    reading = _find_readers(net, {*layers, *converted}) if readers else {}
     sites = []
     for name, layer in layers.items():
         stage, block, role = places.get(name, ("", "", "unknown" if family else "body"))
-        site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=found.get(name, ()))
+        site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=reading.get(name, ()))
         known = 1 if family is not None or site.kind != "Linear" else None
         repeats = trace.repeats.get(name, known) if family is None else known
         if site.kind == "Linear" and _is_sequence_first(net, name):
@@ -251,7 +262,7 @@ def _is_sequence_first(net: nn.Module, name: str) -> bool:
     return any(isinstance(part, torchs) and not part.batch_first for part in parts)
 
 
-def _find_readers(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+def _find_readers(net: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Site → the sites that its output reaches through no other site; nothing where the network cannot be traced."""
 
     class Tracer(torch.fx.Tracer):

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Trace:
     error: str | None = None
 
 
-def trace_layers(net: nn.Module, layers: Mapping[str, Layer], example_input: Tensor | None = None) -> Trace:
+def trace_layers(net: nn.Module, layers: Mapping[str, nn.Module], example_input: Tensor | None = None) -> Trace:
     """Run `net` on the meta device, without touching its weights, and leave it as it was.
 
     It runs twice, the second time with one sample more: only then does a dimension that follows the batch show.
@@ -57,23 +57,23 @@ def trace_layers(net: nn.Module, layers: Mapping[str, Layer], example_input: Ten
     return Trace(shapes, repeats)
 
 
-def guess_input(net: nn.Module, layers: Mapping[str, Layer]) -> Tensor:
+def guess_input(net: nn.Module, layers: Mapping[str, nn.Module]) -> Tensor:
     """An input of two samples on the meta device, by timm's default configuration or else by the first layer.
 
     Raises:
-        ValueError: The first layer is linear, which says nothing.
+        ValueError: The first layer is no convolution, which says nothing.
     """
     cfg = getattr(net, "default_cfg", None)
     first = next(iter(layers.values()))
     if isinstance(cfg, Mapping) and len(cfg.get("input_size") or ()) == 3:
-        channels = cfg["input_size"][0] if isinstance(first, nn.Linear) else first.in_channels
+        channels = first.in_channels if isinstance(first, CONVOLUTIONS) else cfg["input_size"][0]
         size = (channels, *cfg["input_size"][1:])
-    elif isinstance(first, nn.Linear):
-        raise ValueError("its input cannot be guessed from a linear layer")
+    elif not isinstance(first, CONVOLUTIONS):
+        raise ValueError(f"its input cannot be guessed from its first layer, a {type(first).__name__}")
     else:
         sizes = {1: (256,), 2: (224, 224), 3: (32, 64, 64)}
         size = (first.in_channels, *sizes[first.weight.ndim - 2])
-    return torch.empty(2, *size, dtype=first.weight.dtype, device="meta")
+    return torch.empty(2, *size, dtype=next(first.parameters()).dtype, device="meta")
 
 
 def _repeats(first: int, first_of_larger: int | None, batch: int) -> int:
@@ -85,7 +85,7 @@ def _repeats(first: int, first_of_larger: int | None, batch: int) -> int:
 
 
 def _input_shapes(
-    net: nn.Module, layers: Mapping[str, Layer], shape: tuple[int, ...], dtype: torch.dtype
+    net: nn.Module, layers: Mapping[str, nn.Module], shape: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, tuple[int, ...]]:
     """Shape of each layer's first input, in the order in which the layers run."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -96,12 +96,12 @@ def _input_shapes(
     handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
     modes = {module: module.training for module in net.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()  # which does not call the layers of torch's transformers
-    state = {name: t.to("meta") for group in (net.named_parameters, net.named_buffers) for name, t in group()}
+    state = _on_meta(net)
     try:
         net.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
-            torch.func.functional_call(net, state, (torch.empty(shape, dtype=dtype, device="meta"),))
+            torch.func.functional_call(net, state, (torch.empty(shape, dtype=dtype, device="meta"),), tie_weights=False)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
@@ -109,3 +109,17 @@ def _input_shapes(
         for module, mode in modes.items():
             module.training = mode
     return shapes
+
+
+def _on_meta(net: nn.Module) -> dict[str, Tensor]:
+    """What `net` computes with, on meta, under one name for each module.
+
+    By itself, `functional_call` finds a module that several others share under all of its names, and when it puts back
+    what it has replaced, in the order in which it replaced it, the module is left with the replacement.
+    """
+    tensors: dict[Tensor, Tensor] = {}
+    state = {}
+    for path, module in net.named_modules():
+        for name, tensor in (*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)):
+            state[name] = tensors.setdefault(tensor, tensor.to("meta"))
+    return state
