@@ -1,8 +1,8 @@
 """The layers of a network that an operator may replace, with what is known about each: `find_sites`.
 
 For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's
-stage, block and role (`families.py`); for any other network they follow from its structure (`structure.py`). No operator
-is known here: which layers one replaces, and which share what, is its own business.
+stage, block and role (`families.py`); for any other network they follow from its structure (`structure.py`). No
+operator is known here: which layers one replaces, and which share what, is its own business.
 """
 
 from collections.abc import Collection, Iterator, Mapping
