@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ...plan import ConversionPlan, LayerPlan, restored, shape_text
 from .attention import parameter_count
@@ -12,24 +12,22 @@ from .partition import Partition
 
 @dataclass(frozen=True)
 class KWLayerPlan(LayerPlan):
-    """One converted layer; its kernel has k = 1 in each dimension of its warehouse's cells if it is linear.
+    """One converted layer, which shares a warehouse; a linear one has a kernel of k = 1 in each dimension of the cells.
 
     Attributes:
-        warehouse: Name of its warehouse.
         start: First of its own cells in the warehouse.
         own_cells: How many cells are its own.
         mixtures: m, the cells that its kernel is cut into.
     """
 
-    warehouse: str = ""
     start: int = 0
     own_cells: int = 0
     mixtures: int = 0
 
     @property
-    def shares(self) -> tuple[str, ...]:
-        """Its warehouse."""
-        return (self.warehouse,)
+    def warehouse(self) -> str:
+        """Name of its warehouse."""
+        return self.shares[0]
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class KWPlan(ConversionPlan):
         norm: Their normalisation, "batch" or "layer".
     """
 
+    layers: tuple[KWLayerPlan, ...]
     warehouses: tuple[WarehousePlan, ...]
     reduction: float
     norm: str
@@ -101,7 +100,7 @@ class KWPlan(ConversionPlan):
     def restore(cls, fields: Mapping[str, Any]) -> "KWPlan":
         """As `ConversionPlan.restore`."""
         warehouses = tuple(restored(WarehousePlan, warehouse) for warehouse in fields["warehouses"])
-        plan = super().restore({**fields, "warehouses": warehouses})
+        plan = cast("KWPlan", super().restore({**fields, "warehouses": warehouses}))
         for layer in plan.layers:
             if Partition(layer.kernel, plan.warehouse(layer.warehouse).cell).mixtures != layer.mixtures:
                 raise ValueError(f"layer {layer.name} does not have {layer.mixtures} mixtures")

@@ -52,13 +52,13 @@ def _check_site(site: Site) -> None:
         raise ValueError(f"{site.name} cannot be converted: {site.foreign}; exclude it")
     if site.repeats == 0:
         raise ValueError(
-            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), and "
-            "would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude the layer"
+            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), "
+            "and would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude it"
         )
     if site.repeats is None:
         raise ValueError(
-            f"{site.name} is a linear layer, and whether the first dimension of its input is the batch could not be found "
-            "out: pass example_input"
+            f"{site.name} is a linear layer, and whether the first dimension of its input is the batch could not be "
+            "found out: pass example_input"
         )
 
 
@@ -143,7 +143,7 @@ def _plan_warehouse(
             in_channels=site.in_channels,
             kernel=kernel,
             repeats=site.repeats or 1,
-            warehouse=warehouse,
+            shares=(warehouse,),
             start=start,
             own_cells=own,
             mixtures=count,
