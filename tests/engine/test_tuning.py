@@ -12,6 +12,7 @@ from kernelwarehouse.engine.tuning import tune_for
 from kernelwarehouse.models import build_model
 from kernelwarehouse.models import tuning as models_tuning
 from kernelwarehouse.models.ops import selection
+from kernelwarehouse.models.ops.kernel_warehouse import layer
 from kernelwarehouse.models.ops.selection import forget, remembered
 
 pytestmark = pytest.mark.usefixtures("untuned")
@@ -57,17 +58,18 @@ def test_a_training_tunes_both_modes_keeps_what_it_found_and_continues_with_it(
 
 def test_all_full_batches_are_computed_by_what_was_taken(tiny_config, cpu, monkeypatch, fastest):
     fastest("mix_inputs")
-    found, look, fit = [], layer.tuned, run.fit
+    found, look, fit = [], layer.select, run.fit
 
-    def noted(call):
-        found.append(look(call))
-        return found[-1]
+    def noted(*args):
+        chosen = look(*args)
+        found.append(chosen.name if selection.measured(args[0]) else None)
+        return chosen
 
     def after_measuring(*args):
         found.clear()
         fit(*args)
 
-    monkeypatch.setattr(layer, "tuned", noted)
+    monkeypatch.setattr(layer, "select", noted)
     monkeypatch.setattr(run, "fit", after_measuring)
     train_run(tiny_config(**CONVERTED), cpu)
     assert found == ["mix_inputs"] * 10 * (5 + 1) + [None] * 10  # of evaluation's two batches the second is smaller

@@ -104,4 +104,5 @@ def _assemble(mixtures: Tensor, partition: Partition) -> Tensor:
         order += [1 + d, first_size + 2 + d]
     order += [block_in, first_size + 1]
     cout, cin, *k = partition.kernel
-    return mixtures.permute(order).reshape(-1, cout, *k, cin).movedim(-1, 2)
+    last = mixtures.permute(order).reshape(-1, cout, *k, cin)
+    return last.permute(0, 1, 2 + dims, *range(2, 2 + dims))  # movedim(-1, 2), as TorchScript's exporter knows it
