@@ -32,9 +32,7 @@ class Function(ABC):
         """The result, where no gradient is recorded."""
         return self.compute(arguments, *tensors)
 
-    def gradients(
-        self, arguments: Any, grad: Tensor, needs: Sequence[bool], *tensors: Any
-    ) -> Sequence[Tensor | None]:
+    def gradients(self, arguments: Any, grad: Tensor, needs: Sequence[bool], *tensors: Any) -> Sequence[Tensor | None]:
         """The gradients of those tensors that need one, given that of the result; None for the others."""
         return gradients_by_autograd(lambda *inputs: self.compute(arguments, *inputs), tensors, needs, grad)
 

@@ -9,6 +9,7 @@ from kernelwarehouse import build_model, merge_, set_temperature
 from kernelwarehouse.models import sharing
 from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
 
+
 def randomise(net):
     torch.manual_seed(0)
     with torch.no_grad():

@@ -49,6 +49,7 @@ def ran(monkeypatch):
     seen = []
 
     for name, implementation in IMPLEMENTATIONS.items():
+
         def run(*args, _name=name, _call=type(implementation).__call__, _self=implementation):
             seen.append(_name)
             return _call(_self, *args)

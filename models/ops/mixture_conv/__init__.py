@@ -1,6 +1,5 @@
 """Convolution with kernels that are mixed for each sample from a bank; README.md has the equation and the layouts."""
 
-
 from torch import Tensor
 
 from ..context import computing_type

@@ -34,6 +34,7 @@ def taken(monkeypatch):
     """Names of the operators that were called."""
     seen = []
     for function in (operators.ATTENTION, operators.COEFFICIENTS):
+
         def run(*args, _forward=function.forward, _name=type(function).__name__):
             seen.append(_name)
             return _forward(*args)

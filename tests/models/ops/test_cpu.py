@@ -47,9 +47,7 @@ def assert_equal_to_grouped(partition, geometry, leaves, tolerance=1e-12):
     def run(implementation):
         return mixture_conv(x, alpha, bank, partition, geometry, implementation=implementation)
 
-    assert_parity(
-        lambda: run("cpp"), lambda: run("grouped"), {"alpha": alpha, "bank": bank, "x": x}, tolerance
-    )
+    assert_parity(lambda: run("cpp"), lambda: run("grouped"), {"alpha": alpha, "bank": bank, "x": x}, tolerance)
 
 
 def chosen_for(x, kernel=(64, 64, 3, 3), terms=27):
@@ -159,9 +157,7 @@ def test_same_digits_every_time(threads, memory_format):
     def run():
         return mixture_conv(x, alpha, bank, partition, geometry, implementation="cpp")
 
-    first, *others = [
-        torch.autograd.grad(run().square().sum(), leaves) for _ in range(5)
-    ]
+    first, *others = [torch.autograd.grad(run().square().sum(), leaves) for _ in range(5)]
     for gradients in others:
         assert all(map(torch.equal, first, gradients))
 

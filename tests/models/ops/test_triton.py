@@ -157,7 +157,9 @@ class TestKernels:
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
 def test_on_a_cpu_it_is_refused_by_name():
     partition, geometry, (alpha, cells, x) = case("padding")
-    with pytest.raises(ValueError, match="'triton' cannot compute this layer: Triton's kernels run on CUDA devices, not"):
+    with pytest.raises(
+        ValueError, match="'triton' cannot compute this layer: Triton's kernels run on CUDA devices, not"
+    ):
         mixture_conv(x, alpha, cells, partition, geometry, implementation="triton")
 
 
