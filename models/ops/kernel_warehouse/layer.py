@@ -161,6 +161,7 @@ class KWLayer(DynamicLayer):
     @property
     def merged_bank(self) -> Tensor:
         """The bank (r + 1, *kernel) of a merged layer."""
+        assert self.products is not None
         return self.products.movedim(-1, 2).transpose(0, 1)
 
     def merge_saving(self, shape: Sequence[int]) -> float:

@@ -38,7 +38,7 @@ def mixture_conv(
 
     The kernel (Cout, Cin/groups, *k) is cut into m equal cells, its parts (see `Partition`). Either all parts share one
     bank of cells, as in KernelWarehouse; or each part has a bank of its own, and all of them together are n kernels: the
-    experts of DY-Conv and CondConv, of one part, and of ODConv, of one part for each position of the kernel.
+    experts of DY-Conv and CondConv, of one part, and of ODConv, one part for each position of the kernel.
 
     Args:
         x: Images, (B, Cin, *spatial) with one to three spatial dimensions.

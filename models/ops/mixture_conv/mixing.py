@@ -74,7 +74,7 @@ def by_positions(gradient: Tensor, partition: Partition) -> Tensor:
 
 
 def at_every_position(alpha: Tensor, partition: Partition) -> tuple[Tensor, Partition]:
-    """α, and the partition, for cells that span one position of the kernel: α is repeated within those that span more."""
+    """α and the partition for cells of one position of the kernel: α is repeated within those that span more."""
     *counts, blocks_out, blocks_in = partition.grid
     c = partition.cell[2:]
     alpha = alpha.reshape(len(alpha), *counts, blocks_out * blocks_in, -1)

@@ -164,7 +164,7 @@ def test_same_digits_every_time(threads, memory_format):
 
 @needs_compiler
 def test_operators_are_well_formed():
-    partition, geometry, (alpha, cells, x) = convolution("unequal")
+    _partition, _geometry, (alpha, cells, x) = convolution("unequal")
     x = x.detach().to(memory_format=torch.channels_last)
     alpha = alpha.detach().unflatten(1, (9, 2, 2)).transpose(1, 2).flatten(2, 3)
     window = [1, 3, 3, 1, 2, 1, 0, 0, 2, 1, 1, 2]

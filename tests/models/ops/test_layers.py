@@ -146,7 +146,7 @@ def test_forced_by_name():
     net = build_model("configs/quickstart/kw1x_resnet18.json")
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
-    with pytest.raises(ValueError, match="implementation must be auto, materialize, .*, reassociated; found 'fast'"):
+    with pytest.raises(ValueError, match=r"implementation must be auto, materialize, .*, reassociated; found 'fast'"):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
         set_implementation(nn.Linear(2, 2), "auto")

@@ -1,4 +1,4 @@
-"""The primitive: both layouts of a bank, scales and bias, every implementation and every gradient, by the definition."""
+"""The primitive: both layouts of a bank, scales and bias, every implementation and gradient, by the definition."""
 
 import functools
 

@@ -41,7 +41,7 @@ def test_parity_with_reference(case, implementation):
     x, weight, bias, arguments = operands(case)
     if implementation == "depthwise":
         if reason := no_depthwise(x, weight, Geometry.of(weight.shape[3:], **arguments)):
-            with pytest.raises(ValueError, match="'depthwise' cannot compute this: .*; 'auto' takes another"):
+            with pytest.raises(ValueError, match=r"'depthwise' cannot compute this: .*; 'auto' takes another"):
                 per_sample_conv(x, weight, bias, **arguments, implementation=implementation)
             assert reason
             return

@@ -1,4 +1,4 @@
-"""The Triton kernels of per-sample convolution: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
+"""The Triton kernels of per-sample convolution: in its interpreter, by a pytest of its own, and on a GPU, if any."""
 
 import re
 import sys
