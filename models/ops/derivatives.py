@@ -111,7 +111,7 @@ class _Transformed(_Eager):
     """The same in the form of torch.func, which costs many times as much to call."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
+    def forward(*args: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] (torch's other form)
         function, *rest = args
         return function.forward(*rest)
 

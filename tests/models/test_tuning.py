@@ -49,8 +49,9 @@ def ran(monkeypatch):
     seen = []
 
     for name, implementation in IMPLEMENTATIONS.items():
+        call = type(implementation).__call__
 
-        def run(*args, _name=name, _call=type(implementation).__call__, _self=implementation):
+        def run(*args, _name=name, _call=call, _self=implementation):
             seen.append(_name)
             return _call(_self, *args)
 

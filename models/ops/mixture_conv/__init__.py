@@ -37,7 +37,7 @@ def mixture_conv(
     """y[b] = out_scale[b] · conv(x[b] · in_scale[b], W[b]) + bias with W[b, part] = Σ_r α[b, part, r] · bank[…, r].
 
     The kernel (Cout, Cin/groups, *k) is cut into m equal cells, its parts (see `Partition`). Either all parts share one
-    bank of cells, as in KernelWarehouse; or each part has a bank of its own, and all of them together are n kernels: the
+    bank of cells, as in KernelWarehouse; or each part has a bank of its own, and all of them are n kernels: the
     experts of DY-Conv and CondConv, of one part, and of ODConv, one part for each position of the kernel.
 
     Args:

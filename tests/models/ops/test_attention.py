@@ -34,8 +34,9 @@ def taken(monkeypatch):
     """Names of the operators that were called."""
     seen = []
     for function in (operators.ATTENTION, operators.COEFFICIENTS):
+        kind = type(function).__name__
 
-        def run(*args, _forward=function.forward, _name=type(function).__name__):
+        def run(*args, _forward=function.forward, _name=kind):
             seen.append(_name)
             return _forward(*args)
 
