@@ -76,6 +76,7 @@ def convert_(
         operator.load_static(new, old, plan)
     _inherit(new, old)
     operator.apply_(net, plan, new)
+    _leave_fast_paths_(net, new)
     return net
 
 
@@ -115,6 +116,20 @@ def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, Layer]) -> None:
             users.setdefault(module, []).append(before.weight.requires_grad)
     for module, trained in users.items():
         module.requires_grad_(any(trained))
+
+
+def _leave_fast_paths_(net: nn.Module, names: Iterable[str]) -> None:
+    """Let torch's transformer layers call the linear layers in them: in evaluation they would read their weights."""
+    parents = {name.rpartition(".")[0] for name in names}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and name in parents:
+            module.register_forward_pre_hook(_without_fast_path)
+        elif isinstance(module, nn.TransformerEncoder) and any(parent.startswith(f"{name}.") for parent in parents):
+            module.use_nested_tensor = False
+
+
+def _without_fast_path(_module: nn.Module, _args: tuple) -> None:
+    """Do nothing: where a module has a hook, torch takes the path that calls its parts."""
 
 
 def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, Layer]:

@@ -95,12 +95,15 @@ def _input_shapes(
 
     handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
     modes = {module: module.training for module in net.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()  # which does not call the layers of torch's transformers
     state = _on_meta(net)
     try:
         net.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             torch.func.functional_call(net, state, (torch.empty(shape, dtype=dtype, device="meta"),), tie_weights=False)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():

@@ -49,7 +49,6 @@ def test_every_configuration_for_coco_is_counted():
     assert {p.stem for p in FOLDER.glob("*.py")} - {"quickstart", "quickstart_static"} == set(COUNTS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_builds_and_makes_a_step(name):
     config = read(name)

@@ -51,7 +51,6 @@ def test_the_twins_differ_in_their_backbones_alone():
     assert converted == static
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_from_a_classifier_and_evaluates_on_held_out_scenes(name, scenes, classifiers, tmp_path, capsys):
     paths = [str(config_file(name)), "--work-dir", str(tmp_path / "run"), "--data-root", str(scenes)]

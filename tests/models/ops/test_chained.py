@@ -1,7 +1,5 @@
 """Kernels first: attention and cells multiplied once for a batch. Parity of every kind of layer: `test_mixed_conv`."""
 
-import time
-
 import pytest
 import torch
 from layers import make, naive_forward
@@ -18,7 +16,6 @@ from kernelwarehouse.models.ops.kernel_warehouse import (
     set_temperature,
     streamed,
 )
-from kernelwarehouse.models.ops.kernel_warehouse.cost import FACTORS, costs
 from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 
@@ -224,21 +221,3 @@ class TestChoice:
         images = torch.empty(64, 256, 14, 14).to(memory_format=torch.channels_last)
         with torch.no_grad():
             assert choose(*layer, images, hidden=16, kind=torch.bfloat16) != "chained"
-
-    @pytest.mark.slow
-    @needs_compiler
-    def test_estimates_agree_with_the_clock(self):
-        """What is estimated to be cheaper, this or "native", takes at most half as long again as the other."""
-        module, _ = wide_layer(cells=552, channels=128)
-        for batch in (8, 64):
-            x = torch.randn(batch, 128, 7, 7).to(memory_format=torch.channels_last)
-            estimates = costs(module.partition, 552, batch, 49, 4, FACTORS["cpu"], hidden=16, natively=True)
-            seconds = dict.fromkeys(("chained", "native"), float("inf"))
-            with torch.inference_mode():
-                for _ in range(6):
-                    for name in seconds:
-                        module.implementation = name
-                        start = time.perf_counter()
-                        module(x)
-                        seconds[name] = min(seconds[name], time.perf_counter() - start)
-            assert seconds[min(seconds, key=estimates.get)] <= 1.5 * min(seconds.values()), (batch, estimates, seconds)

@@ -16,7 +16,9 @@ from parity import assert_parity
 from kernelwarehouse.models.ops import kernel_warehouse
 from kernelwarehouse.models.ops.geometry import Geometry
 from kernelwarehouse.models.ops.kernel_warehouse import (
+    KWConv2d,
     Partition,
+    Warehouses,
     chained,
     fused,
     fused_operators,
@@ -28,6 +30,17 @@ from kernelwarehouse.models.ops.kernel_warehouse.mixed_conv import choose
 
 def case(name):
     return convolution(name, DEVICE)
+
+
+def pointwise_of_many_cells():
+    """A layer with little to compute, of so many cells that a small batch has its kernels first."""
+    torch.manual_seed(0)
+    warehouses = Warehouses({"w": (200, 2, 3, 1, 1)}, dtype=torch.float64)
+    layer = KWConv2d(6, 4, 1, warehouses=warehouses, warehouse="w", own_cells=range(200))
+    with torch.no_grad():
+        for parameter in [*layer.parameters(), *warehouses.parameters()]:
+            parameter.normal_()
+    return layer.double(), warehouses
 
 
 def multiply_bfloat16(monkeypatch):
@@ -46,7 +59,6 @@ def multiply_bfloat16(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
     """Everything in `TestKernels`, on the CPU."""
@@ -159,26 +171,30 @@ class TestKernels:
         assert_parity(first, lambda: naive_forward(layer, x, 0.3), leaves, tolerance=1e-10)
 
     def test_large_batches_have_kernels_first(self, monkeypatch):
-        layer, warehouses, x = make("conv2d")
-        layer, x = layer.to(DEVICE), x.to(DEVICE)
+        layer, warehouses = pointwise_of_many_cells()
+        layer, x = layer.to(DEVICE), torch.randn(1, 6, 3, 2).double().to(DEVICE)
         warehouses.to(DEVICE)
         layer.implementation = "fused"
-        many = x[:1].expand(40, -1, -1, -1).clone()
+        many = x.expand(24, -1, -1, -1).clone()
         layer.eval()
-        expected = layer(x[:1])
+        expected = layer(x)
         taken = []
         compute = chained.fused_chain
         monkeypatch.setattr(chained, "fused_chain", lambda *a: taken.append(len(a[0])) or compute(*a))
-        torch.testing.assert_close(layer(many), expected.expand(40, -1, -1, -1))
-        assert taken == [40]
-        layer(many[:30])  # 18 products for each of 40 cells, and for each sample, are more than 40 for each sample
-        assert taken == [40]
+        torch.testing.assert_close(layer(many), expected.expand(24, -1, -1, -1))
+        assert taken == [24]
+        layer(many[:18])  # 17 products for each of 200 cells, and for each sample, are more than 200 for each sample
+        assert taken == [24]
 
-    @pytest.mark.parametrize("batch", [2, 40])  # cells first, and kernels first
-    def test_compiled_in_one_graph(self, batch):
-        layer, warehouses, x = make("conv2d")
-        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), x[:2].repeat(batch // 2, 1, 1, 1).to(DEVICE)
+    @pytest.mark.parametrize("batch", [2, 24])  # cells first, and kernels first
+    def test_compiled_in_one_graph(self, batch, monkeypatch):
+        layer, warehouses = pointwise_of_many_cells()
+        layer, warehouses, x = layer.to(DEVICE), warehouses.to(DEVICE), torch.randn(batch, 6, 3, 2).double().to(DEVICE)
         layer.implementation = "fused"
+        taken, compute = [], chained.fused_chain
+        monkeypatch.setattr(chained, "fused_chain", lambda *a: taken.append(1) or compute(*a))
+        layer(x)
+        assert bool(taken) == (batch == 24)
         torch._dynamo.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
         leaves = {"x": x.requires_grad_(), "cells": warehouses.w, **dict(layer.named_parameters())}

@@ -1,7 +1,5 @@
 """Every implementation of the convolution with mixed kernels, against loops and against the others."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,35 +266,7 @@ class TestCost:
         monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
         assert choose(*large, images) == "kernels"
 
-    @pytest.mark.slow
-    @needs_compiler
-    @pytest.mark.parametrize(
-        ("kernel", "cell", "cells", "batch", "side"),
-        [
-            ((64, 64, 3, 3), (64, 64, 1, 1), 56, 4, 56),
-            ((512, 512, 3, 3), (512, 512, 1, 1), 27, 4, 7),
-            ((512, 512, 3, 3), (512, 512, 1, 1), 27, 32, 1),
-            ((512, 2048, 1, 1), (512, 512, 1, 1), 47, 8, 7),
-        ],
-    )
-    def test_estimates_agree_with_the_clock(self, kernel, cell, cells, batch, side):
-        """What is estimated to be cheapest takes at most half as long again as what is fastest, on any machine."""
-        partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], padding=kernel[2] // 2)
-        warehouse = Warehouses({"w": (cells, *cell)}).w.detach().normal_()
-        alpha, x = torch.randn(batch, partition.mixtures, cells), torch.randn(batch, kernel[1], side, side)
-        x = x.to(memory_format=torch.channels_last)
-        estimates = costs(partition, cells, batch, side**2, 4, FACTORS["cpu"])
-        seconds = dict.fromkeys(estimates, float("inf"))
-        with torch.inference_mode():
-            for _ in range(6):
-                for name in estimates:
-                    start = time.perf_counter()
-                    mixed_conv(alpha, warehouse, x, partition, geometry, name)
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
-        assert seconds[min(estimates, key=estimates.get)] <= 1.5 * min(seconds.values()), (estimates, seconds)
 
-
-@pytest.mark.slow
 def test_training_follows_the_truth():
     """200 steps on the digits: the losses of every fast implementation and of loops differ by less than 1 %."""
     data = Digits(train=True)

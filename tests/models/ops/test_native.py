@@ -1,5 +1,6 @@
 """The native convolution: its sums, its threads, and what happens where it cannot be compiled."""
 
+import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -226,23 +227,6 @@ def test_auto_takes_it_where_it_can_run():
     assert choose(partition, geometry, 27, x.to("meta")) != "native"
 
 
-@needs_compiler
-def test_it_is_compiled_once(forgotten):
-    library()
-    (compiled,) = forgotten.iterdir()
-    assert compiled.suffix == ".so"
-    changed = compiled.stat().st_mtime_ns
-    library.cache_clear()
-    library()
-    assert compiled.stat().st_mtime_ns == changed
-
-
-@needs_compiler
-def test_a_folder_that_cannot_be_written(forgotten):
-    forgotten.write_text("in the way")
-    assert_equal_to_grouped(*convolution("padding"))
-
-
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [("no-such-compiler", "no compiler 'no-such-compiler' was found; install GCC"), ("false", "false could not")],
@@ -275,6 +259,41 @@ def compiler_that(tmp_path, monkeypatch, *lines):
     compiler.write_text("\n".join(["#!/bin/sh", 'for last; do :; done; echo half > "$last"', *lines]))
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A copy of this machine's library."""
+    with built() as path:
+        return shutil.copy(path, tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def quick_compiler(compiled, forgotten, monkeypatch, tmp_path):
+    """A compiler that has the library at hand; the file in which it writes down its commands."""
+    log = tmp_path / "log"
+    compiler_that(
+        tmp_path, monkeypatch, f'echo "$*" >> {log}; case " $* " in *" -shared "*) cp {compiled} "$last"; esac'
+    )
+    return log
+
+
+@needs_compiler
+def test_it_is_compiled_once(quick_compiler, forgotten):
+    assert library().allow_tiles(False) == 0
+    commands = quick_compiler.read_text()
+    assert commands.count("-shared") == 1
+    assert [path.suffix for path in forgotten.iterdir()] == [".so"]
+    library.cache_clear()
+    library()
+    assert quick_compiler.read_text() == commands
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(quick_compiler, forgotten):
+    forgotten.write_text("in the way")
+    assert_equal_to_grouped(*convolution("padding"))
+    assert quick_compiler.read_text().count("-shared") == 1
 
 
 @pytest.mark.parametrize("stage", ["-c", "-shared"])
