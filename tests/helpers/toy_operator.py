@@ -7,12 +7,19 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from kernelwarehouse.configs.schema import limited
-from kernelwarehouse.models import Anneal, ConversionPlan, DynamicLayer, Operator, OperatorConfig, register
-from kernelwarehouse.models.ops.api import Report
+from kernelwarehouse.models import (
+    Anneal,
+    ConversionPlan,
+    DynamicLayer,
+    LayerPlan,
+    Operator,
+    OperatorConfig,
+    Report,
+    Tied,
+    limited,
+    register,
+)
 from kernelwarehouse.models.ops.patterns import check_patterns, matches
-from kernelwarehouse.models.ops.tied import Tied
-from kernelwarehouse.models.plan import LayerPlan
 
 
 @dataclass(frozen=True)
