@@ -15,9 +15,9 @@ from torch import nn
 
 from ..configs.schema import ConfigError, ModelConfig
 from .convert import convert_
+from .families import find_family
 from .operators import built_in_operators, get_operator, read_config, split_model_name
 from .ops.api import OperatorConfig, Preset
-from .sites import find_family
 
 # timm's names of backbones that upstream or its paper calls otherwise.
 ALIASES = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224"}

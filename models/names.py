@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .sites import find_family
+from .families import find_family
 
 
 def original_names(net: nn.Module) -> Callable[[str], str]:

@@ -25,6 +25,7 @@ class LayerPlan:
             follow each other in the batch, each of which then has a kernel of its own.
         added: Parameters beyond those of the static layer, of what it does not share.
         macs: Multiply-accumulates for a sample beyond those of the static layer.
+        shares: Names of what it shares with other layers.
     """
 
     name: str
@@ -34,11 +35,7 @@ class LayerPlan:
     repeats: int = 1
     added: int = 0
     macs: int = 0
-
-    @property
-    def shares(self) -> tuple[str, ...]:
-        """Names of what it shares with other layers."""
-        return ()
+    shares: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

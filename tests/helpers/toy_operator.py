@@ -52,16 +52,7 @@ class ToyLayer(DynamicLayer):
 
 
 @dataclass(frozen=True)
-class ToyLayerPlan(LayerPlan):
-    @property
-    def shares(self):
-        return ("mixture",)
-
-
-@dataclass(frozen=True)
 class ToyPlan(ConversionPlan):
-    layer_type: ClassVar = ToyLayerPlan
-
     @property
     def parameters_after(self):
         return super().parameters_after + self.config.hidden_gates
@@ -79,7 +70,15 @@ class Toy(Operator):
         chosen = [s for s in sites if s.kind == "Conv2d" and s.role != "stem" and matches(config.include, s.name)]
         sizes = [(s, config.hidden_gates * s.in_channels) for s in chosen]
         layers = [
-            ToyLayerPlan(s.name, s.kind, s.in_channels, s.kernel, added=size + config.hidden_gates, macs=size)
+            LayerPlan(
+                s.name,
+                s.kind,
+                s.in_channels,
+                s.kernel,
+                added=size + config.hidden_gates,
+                macs=size,
+                shares=("mixture",),
+            )
             for s, size in sizes
         ]
         return ToyPlan(self.name, config, tuple(layers), sites.parameters, ())

@@ -12,24 +12,22 @@ from .partition import Partition
 
 @dataclass(frozen=True)
 class KWLayerPlan(LayerPlan):
-    """One converted layer; its kernel has k = 1 in each dimension of its warehouse's cells if it is linear.
+    """One converted layer, which shares a warehouse; a linear one has a kernel of k = 1 in each dimension of the cells.
 
     Attributes:
-        warehouse: Name of its warehouse.
         start: First of its own cells in the warehouse.
         own_cells: How many cells are its own.
         mixtures: m, the cells that its kernel is cut into.
     """
 
-    warehouse: str = ""
     start: int = 0
     own_cells: int = 0
     mixtures: int = 0
 
     @property
-    def shares(self) -> tuple[str, ...]:
-        """Its warehouse."""
-        return (self.warehouse,)
+    def warehouse(self) -> str:
+        """Name of its warehouse."""
+        return self.shares[0]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _plan_warehouse(
             in_channels=site.in_channels,
             kernel=kernel,
             repeats=site.repeats or 1,
-            warehouse=warehouse,
+            shares=(warehouse,),
             start=start,
             own_cells=own,
             mixtures=count,
