@@ -7,8 +7,11 @@ decides.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from .sites import Site
+
+P = TypeVar("P", bound="LayerPlan")
 VERSION = 1  # of the plans that `to_dict` writes
 
 
@@ -37,6 +40,12 @@ class LayerPlan:
     macs: int = 0
     shares: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls: type[P], site: Site, **decided: Any) -> P:
+        """The plan of a site, with what an operator has decided."""
+        described = {"name": site.name, "kind": site.kind, "in_channels": site.in_channels, "kernel": site.kernel}
+        return cls(**{**described, "repeats": site.repeats or 1, **decided})
+
 
 @dataclass(frozen=True)
 class ConversionPlan:
@@ -48,20 +57,22 @@ class ConversionPlan:
         layers: The layers in the order of ``network.modules()``.
         parameters_before: Parameters of the static network.
         left: Layers that stay static though layers like them are replaced, with the reason.
+        shared_parameters: Parameters of what layers share.
     """
 
     operator: str
     config: Any
     layers: tuple[LayerPlan, ...]
     parameters_before: int
-    left: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...] = ()
+    shared_parameters: int = 0
 
     layer_type: ClassVar[type[LayerPlan]] = LayerPlan
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the converted network."""
-        return self.parameters_before + sum(layer.added for layer in self.layers)
+        return self.parameters_before + sum(layer.added for layer in self.layers) + self.shared_parameters
 
     @property
     def mixing_macs(self) -> int:

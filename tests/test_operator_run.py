@@ -168,7 +168,7 @@ def test_without_its_import_one_line_says_what_is_missing(folder, resumed, comma
     words = words.format(run=folder / "run").split()
     assert command_line(["--kw_config", str(folder / "run" / "config.json"), *words]) == 2
     error = capsys.readouterr().err
-    assert "config.json: operator 'toy' is not known; there are kernel_warehouse. One of another package" in error
+    assert "config.json: model 'toy_resnet18': no operator has the prefix of 'toy'. One of another package" in error
     assert error.count("\n") == 1
 
 

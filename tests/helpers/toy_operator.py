@@ -7,12 +7,19 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from kernelwarehouse.configs.schema import limited
-from kernelwarehouse.models import Anneal, ConversionPlan, DynamicLayer, Operator, OperatorConfig, register
-from kernelwarehouse.models.ops.api import Report
+from kernelwarehouse.models import (
+    Anneal,
+    ConversionPlan,
+    DynamicLayer,
+    LayerPlan,
+    Operator,
+    OperatorConfig,
+    Report,
+    Tied,
+    limited,
+    register,
+)
 from kernelwarehouse.models.ops.patterns import check_patterns, matches
-from kernelwarehouse.models.ops.tied import Tied
-from kernelwarehouse.models.plan import LayerPlan
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,9 @@ class ToyLayer(DynamicLayer):
         return 2 * gate[:, None, None, None] * self.conv(x)
 
 
-@dataclass(frozen=True)
-class ToyPlan(ConversionPlan):
-    @property
-    def parameters_after(self):
-        return super().parameters_after + self.config.hidden_gates
-
-
 @register
 class Toy(Operator):
-    name, prefix, Config, Plan = "toy", "toy", ToyConfig, ToyPlan
+    name, prefix, Config = "toy", "toy", ToyConfig
 
     def anneal(self, config):
         return Anneal(start=4.0, end=1.0, epochs=1, limits=(0.5, 8.0))
@@ -68,20 +68,12 @@ class Toy(Operator):
     def plan(self, sites, config):
         check_patterns("include", config.include, [site.name for site in sites])
         chosen = [s for s in sites if s.kind == "Conv2d" and s.role != "stem" and matches(config.include, s.name)]
-        sizes = [(s, config.hidden_gates * s.in_channels) for s in chosen]
+        hidden = config.hidden_gates
         layers = [
-            LayerPlan(
-                s.name,
-                s.kind,
-                s.in_channels,
-                s.kernel,
-                added=size + config.hidden_gates,
-                macs=size,
-                shares=("mixture",),
-            )
-            for s, size in sizes
+            LayerPlan.of(s, added=hidden * (s.in_channels + 1), macs=hidden * s.in_channels, shares=("mixture",))
+            for s in chosen
         ]
-        return ToyPlan(self.name, config, tuple(layers), sites.parameters, ())
+        return ConversionPlan(self.name, config, tuple(layers), sites.parameters, shared_parameters=hidden)
 
     def shared(self, plan, device, dtype):
         return {"mixture": Mixture(plan.config.hidden_gates, device=device, dtype=dtype)}

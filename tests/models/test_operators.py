@@ -15,7 +15,17 @@ from torch import nn
 from toy_operator import Mixture, Toy, ToyConfig, ToyLayer
 
 import kernelwarehouse
-from kernelwarehouse import ConfigError, ConversionPlan, KWConfig, build_model, convert_, merge_, plan_conversion, plans
+from kernelwarehouse import (
+    ConfigError,
+    ConversionPlan,
+    KWConfig,
+    build_model,
+    convert_,
+    load_checkpoint,
+    merge_,
+    plan_conversion,
+    plans,
+)
 from kernelwarehouse.configs.schema import RunConfig
 from kernelwarehouse.engine import parse_arguments
 from kernelwarehouse.engine.schedule import Schedule
@@ -286,13 +296,18 @@ class TestByName:
         monkeypatch.syspath_prepend(tmp_path)
         plan = plan_conversion(net, ToyConfig()).to_dict()
         for name in ("tempting", "tempting:Toy", ".tempting", f"{tmp_path}/tempting.py"):
+            named = plan | {"operator": name}
             with pytest.raises(ConfigError, match="is not known"):
-                ConversionPlan.from_dict(plan | {"operator": name})
+                ConversionPlan.from_dict(named)
             for fields in ({"model": "resnet18", "operator": name}, {"model": f"{name}_resnet18"}):
                 with pytest.raises(ConfigError):
                     build_model(fields)
             with pytest.raises(ConfigError):
                 parse_arguments(["--model", "resnet18", "--operator", name])
+            torch.save(
+                {"model": net.state_dict(), "config": {"operator": name}, "plans": [named]}, tmp_path / "net.pth"
+            )
+            load_checkpoint(net, tmp_path / "net.pth")
         assert not (tmp_path / "trace").exists()
         parse_arguments(["--import", "tempting", "--model", "resnet18"])
         assert (tmp_path / "trace").exists()

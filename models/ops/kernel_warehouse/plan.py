@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from ...plan import ConversionPlan, LayerPlan, restored, shape_text
-from .attention import parameter_count
 from .partition import Partition
 
 
@@ -63,38 +62,15 @@ class KWPlan(ConversionPlan):
     """
 
     layers: tuple[KWLayerPlan, ...]
-    warehouses: tuple[WarehousePlan, ...]
-    reduction: float
-    norm: str
+    warehouses: tuple[WarehousePlan, ...] = ()
+    reduction: float = 0.0625
+    norm: str = "batch"
 
     layer_type: ClassVar[type[LayerPlan]] = KWLayerPlan
 
     def warehouse(self, name: str) -> WarehousePlan:
         """The warehouse called `name`."""
         return next(w for w in self.warehouses if w.name == name)
-
-    @property
-    def parameters_after(self) -> int:
-        """Parameters of the converted network."""
-        count = self.parameters_before + sum(math.prod(w.shape) for w in self.warehouses)
-        for layer in self.layers:
-            warehouse = self.warehouse(layer.warehouse)
-            count -= math.prod(layer.kernel)
-            count += parameter_count(
-                layer.in_channels,
-                warehouse.cells,
-                layer.own_cells,
-                layer.mixtures,
-                self.reduction,
-                self.norm,
-                warehouse.nonlocal_basis_ratio,
-            )
-        return count
-
-    @property
-    def mixing_macs(self) -> int:
-        """Multiply-accumulates of mixing for one image: Σ over layers of m · n · |cell|, for each window."""
-        return sum(la.repeats * math.prod(la.kernel) * self.warehouse(la.warehouse).cells for la in self.layers)
 
     @classmethod
     def restore(cls, fields: Mapping[str, Any]) -> "KWPlan":
