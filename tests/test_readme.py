@@ -112,3 +112,31 @@ def test_the_operator_of_the_page_converts_a_network(gated):
     with pytest.raises(ValueError, match="strength"):
         gated.GatedConfig(strength=2)
     assert create_model("gated_resnet10t", strength=0.2).conv1[0].weight.shape[1] == 3
+
+
+def files_described(page):
+    """The code spans in the first columns of a page's tables of files."""
+    tables = re.findall(r"^\| (?:file|place) \|.*\n\|.*\n((?:\|.*\n?)+)", PAGES[page], re.MULTILINE)
+    return [name for table in tables for row in table.splitlines() for name in re.findall("`(.*?)`", row.split("|")[1])]
+
+
+def test_tables_of_files_name_files_that_exist():
+    described = {page: files_described(page) for page in PAGES}
+    assert sum(map(len, described.values())) > 100
+    for page, names in described.items():
+        for name in names:
+            assert ((ROOT / page).parent / name).exists(), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["models", "models/ops", "engine", "datasets", "detection"])
+def test_each_module_and_folder_is_described(folder):
+    described = {name.rstrip("/") for name in files_described(f"{folder}/README.md")}
+    there = {
+        path.name for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert there - {"__init__.py"} <= described
+
+
+def test_each_folder_is_on_the_map():
+    there = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/__init__.py")} | {"scripts", "tests"}
+    assert {f"{folder}/" for folder in there} <= set(files_described("README.md"))
