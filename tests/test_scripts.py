@@ -153,3 +153,19 @@ def test_the_benchmark_compares_the_two_loaders(monkeypatch, capsys):
     script("benchmark_data").main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["50", "ours", "timm", "ratio"]
+
+
+def test_the_picture_of_mixing_is_drawn_from_what_it_says(tmp_path, monkeypatch):
+    """Two different digits have different coefficients and kernels, of the same cells."""
+    draw_mixing = script("draw_mixing")
+    panels = [axis.images[0].get_array() for axis in draw_mixing.draw().axes]
+    cells, (first, second) = panels[: draw_mixing.CELLS], (panels[draw_mixing.CELLS :][i : i + 4] for i in (0, 4))
+    for one, other in zip(first, second, strict=True):
+        assert one.shape == other.shape
+        assert not np.allclose(one, other)
+    for _, alpha, kernel, _ in (first, second):
+        np.testing.assert_allclose(kernel[:4, :4], np.tensordot(alpha[0], cells, 1))
+        assert 0.9 < np.abs(alpha).sum(axis=1).max() < 1
+    monkeypatch.setattr(sys, "argv", ["draw_mixing", str(tmp_path / "mixing.png")])
+    draw_mixing.main()
+    assert Image.open(tmp_path / "mixing.png").width > 500
