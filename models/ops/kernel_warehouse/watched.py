@@ -1,7 +1,6 @@
 """Parts of an attention that know whether somebody looks at them or has changed them."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Watched(nn.Module):
@@ -43,19 +42,8 @@ class LayerNorm(Watched, nn.LayerNorm):
     """torch's."""
 
 
-class AttentionBatchNorm1d(Watched, nn.BatchNorm1d):
-    """BatchNorm1d that can train on a batch of one.
-
-    One value has no variance to normalise by. Such a batch is normalised by the running statistics, as in
-    evaluation, and leaves them as they are.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """(B, hidden) → (B, hidden)."""
-        x = input
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
+class BatchNorm1d(Watched, nn.BatchNorm1d):
+    """torch's."""
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -63,6 +51,6 @@ def is_untouched(module: nn.Module) -> bool:
 
     Hooks for all modules, of torch.nn.modules.module, are not seen by the parts of an attention.
     """
-    if type(module) not in (Linear, LayerNorm, AttentionBatchNorm1d) or module.watched or "forward" in vars(module):
+    if type(module) not in (Linear, LayerNorm, BatchNorm1d) or module.watched or "forward" in vars(module):
         return False
     return module.weight is None or type(module.weight) in (nn.Parameter, Tensor)
