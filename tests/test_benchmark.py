@@ -381,7 +381,7 @@ def test_a_single_value_per_channel_is_refused_in_one_line(benchmark, machine, m
         (["--static", "no_such_model"], "no_such_model"),
         (["--model", "deit_tiny/kw1x_deit_tiny", "--size", "8"], "cannot take images of 8×8"),
         (["--precision", "tf32"], "tf32 is of GPUs"),
-        (["--implementation", "fused"], "fused runs on a GPU only"),
+        (["--implementation", "triton"], "triton runs on a GPU only"),
         (["--values", "1"], "--values means nothing without --sweep"),
         (["--sweep", "resolution", "--values", "32.5"], "a resolution is a whole number"),
         (["--layers", "--plot", "cost.png"], "--layers goes with none of"),
