@@ -328,7 +328,7 @@ def test_what_would_write_too_much_is_not_tried(benchmark, monkeypatch, capsys):
     assert run(benchmark, monkeypatch, "--layers", "--mode", "infer") == 0
     *layers, total = table(capsys.readouterr().out)
     for row in (*layers, total):
-        assert [row[name] for name in ("grouped", "materialize", "mix_inputs", "merged")] == ["–"] * 4
+        assert not {"grouped", "materialize", "mix_inputs"} & row.keys()
         assert float(row["materialize"]) > 0
 
 
@@ -363,7 +363,7 @@ def test_linear_and_depthwise_layers_can_be_timed(benchmark, monkeypatch, capsys
     *layers, _ = table(capsys.readouterr().out)
     for row in layers:
         depthwise = row["kernel"].split("×")[1] == "1"  # whose kernels can only be mixed whole
-        assert (row["materialize"] == "–") == depthwise
+        assert (row["mix_inputs"] == "–") == depthwise
         assert float(row[row["auto"]]) > 0
 
 
