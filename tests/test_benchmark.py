@@ -112,8 +112,9 @@ def test_networks_compute_the_same_each_in_its_own_way(benchmark):
             assert torch.equal(layer.cells, other.cells)
     assert not layers["static"]
     folded = benchmark.Pair.read(MODEL).contenders(["folded"])[-1].build_for(images["ours"], "bf16")
-    products = [m.products for m in folded.modules() if isinstance(m, KWLayer)]
-    assert {p.dtype for p in products if p is not None} == {torch.bfloat16}
+    products = {m.products.dtype for m in folded.modules() if isinstance(m, KWLayer) and m.products is not None}
+    # Where nothing multiplies bfloat16 quickly, folding may save nothing, and then no layer is folded.
+    assert products == {torch.bfloat16} or (not products and not native.can_run("cpu", torch.bfloat16))
     assert networks["static"].conv1.weight.shape == networks["ours"].conv1.weight.shape
 
 
