@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from processor import needs_compiler
 from timm.utils import random_seed
 from torch import nn
 
@@ -215,6 +216,7 @@ def test_channels_last_reaches_kernels_and_images_and_changes_nothing_but_roundi
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+@needs_compiler  # which torch.compile asks for too
 def test_a_compiled_training_learns_the_same(tiny_config, cpu, train_one_epoch, loader):
     images, targets = images_and_targets()
     first = linear_net()
