@@ -44,6 +44,8 @@ class Function(ABC):
         """The result, with its gradient recorded where one is wanted."""
         if exporting() or torch.compiler.is_compiling():
             return _Compiled.apply(self, arguments, *tensors) if self.fast else self.compute(arguments, *tensors)
+        if torch.is_inference_mode_enabled():  # in which torch itself keeps no derivative of any kind
+            return self.forward(arguments, *tensors)
         try:
             return _Eager.apply(self, arguments, *tensors)
         except RuntimeError as error:
