@@ -37,8 +37,7 @@ from torch import Tensor, nn
 from kernelwarehouse import ConfigError, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
-from kernelwarehouse.models import get_operator
-from kernelwarehouse.models.ops.kernel_warehouse import NAMES
+from kernelwarehouse.models import dynamic_layers, get_operator
 from kernelwarehouse.models.tuning import distinct_layers, measure, tune
 
 SWEEPS = {
@@ -189,10 +188,11 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
 def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Print a table of layers for each mode, precision and batch, and return what JSON keeps."""
     (case,) = read_cases(arguments)
-    parity = check_case(case, 64, [*(name for name in NAMES if name not in ("reference", "triton")), "merged"], device)
-    print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
+    names = dict.fromkeys(name for layer in dynamic_layers(net).values() for name in layer.candidates())
+    parity = check_case(case, 64, [*(name for name in names if name not in ("reference", "triton")), "merged"], device)
+    print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
         with autocast(precision, device):
             found = distinct_layers(net, contender.images(batch, device), mode == "train")
@@ -218,8 +218,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=_positive(int), nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     add("--mode", nargs="+", default=["infer", "train"], choices=("infer", "train"))
     add("--precision", nargs="+", default=["fp32"], choices=PRECISIONS, help="bf16 and fp16 by autocast")
-    names = [*(name for name in NAMES if name != "grouped"), *MERGED]
-    add("--implementation", nargs="+", default=[], choices=names, help="time these too, each in all layers that can")
+    text = f"time these too, each in all layers that can: implementations of the operator, {', '.join(MERGED)}"
+    add("--implementation", nargs="+", default=[], metavar="NAME", help=text)
     modes = ("default", "reduce-overhead", "max-autotune")
     text = "compile every network by torch.compile; a GPU captures graphs of its kernels with reduce-overhead"
     add("--compile", nargs="?", const=modes[0], choices=modes, help=text)

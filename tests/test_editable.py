@@ -70,7 +70,7 @@ os.chdir(sys.argv[1])
 import kernelwarehouse
 from kernelwarehouse.configs.schema import find_config
 from kernelwarehouse.models import new
-from kernelwarehouse.models.ops.native import build
+from kernelwarehouse.models.ops.cpu import build
 print(json.dumps({
     "package": kernelwarehouse.__file__,
     "new": new.ANSWER.__name__,

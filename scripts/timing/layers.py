@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelwarehouse.models.ops.kernel_warehouse import NAMES, KWLinear
 from kernelwarehouse.models.tuning import Layer, Results, measure, step
 
 from .clock import HALF, arithmetic, autocast
@@ -22,7 +21,7 @@ def time_layer(layer: Layer, precision: str, rounds: int) -> None:
     """Fill in `seconds`: of whole layers with their attention, and of a static layer of the same shape."""
     module, device = layer.module, layer.x.device
     steps = {"static": _static_step(layer)}
-    steps |= {name: layer.step(name) for name in NAMES if layer.can_try(name)}
+    steps |= {name: layer.step(name) for name in layer.candidates if layer.can_try(name)}
     if not layer.training and module.attention.is_linear():
         merged = copy.deepcopy(module)
         merged.implementation = "auto"
@@ -36,7 +35,8 @@ def time_layer(layer: Layer, precision: str, rounds: int) -> None:
 def _static_step(layer: Layer) -> Callable[[], Results]:
     kernel, geometry = layer.module.partition.kernel, layer.module.geometry
     like = {"device": layer.x.device, "requires_grad": layer.training}
-    if isinstance(layer.module, KWLinear):
+    kinds = {planned.name: planned.kind for planned in layer.module.plan.layers}
+    if kinds[layer.name] == "Linear":
         weight = torch.randn(kernel[:2], **like)
         return step(lambda x: F.linear(x, weight), layer.x, layer.y, {"the kernel": [weight]}, layer.training)
     weight = torch.randn(kernel, **like)
@@ -58,7 +58,8 @@ def positions_of(layer: Layer) -> int:
 
 def table(layers: Sequence[Layer]) -> str:
     """A row of milliseconds for each layer, what "auto" takes of them, and sums over the network."""
-    forced = [name for name in NAMES if any(name in layer.seconds for layer in layers)]
+    names = dict.fromkeys(name for layer in layers for name in layer.candidates)
+    forced = [name for name in names if any(name in layer.seconds for layer in layers)]
     timed = ("static", *forced, "merged")
     width = max(len("all layers"), *(len(layer.name) for layer in layers))
     sizes = {"count": 5, "batch": 5, "P": 6, "kernel": 16, "cell": 11, "n": 5}
@@ -81,7 +82,7 @@ def table(layers: Sequence[Layer]) -> str:
 
 def _auto_and_best(layer: Layer) -> tuple[float | None, float]:
     """Seconds of what "auto" takes, None if it was not tried, and of the fastest that it could take."""
-    return layer.seconds.get(layer.estimated()), min(layer.seconds[n] for n in NAMES if n in layer.seconds)
+    return layer.seconds.get(layer.estimated()), min(layer.seconds[n] for n in layer.candidates if n in layer.seconds)
 
 
 def _total(layers: Sequence[Layer], seconds: Sequence[float | None]) -> float | None:

@@ -148,7 +148,7 @@ class KWLayer(DynamicLayer):
         if self.products is not None:
             if self.training:
                 raise RuntimeError("a merged layer cannot be trained; merge a copy of the network")
-            return merged_coefficients(self.attention, x.flatten(2).mean(dim=2)), self.merged_bank
+            return merged_coefficients(self.attention, x.flatten(2).mean(dim=2)), self.merged_bank()
         if isinstance(chosen, Reassociated):
             pooled = x.flatten(2).mean(dim=2)
             return reassociate(self.attention, self.cells, pooled, self.tau, self.partition)
@@ -158,7 +158,6 @@ class KWLayer(DynamicLayer):
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
         return mix(*self._factors(x, CANDIDATES["materialize"]), self.partition)
 
-    @property
     def merged_bank(self) -> Tensor:
         """The bank (r + 1, *kernel) of a merged layer."""
         assert self.products is not None
