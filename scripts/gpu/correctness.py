@@ -7,7 +7,6 @@ error of norms. It may be a few times what one rounding error of the input and o
 
 import copy
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from kernelwarehouse.models.tuning import Layer, Results, step
 from .cases import Case
 from .journal import Record
 from .odd import odd_layers
-from .scope import Scope
+from .scope import INTERPRETED, Scope
 from .tiles import is_too_large, most_tiles, one_tile
 
 STAGE = "correctness"
@@ -53,8 +52,8 @@ class Compared:
 
     def unsupported(self, implementation: str, precision: str) -> str | None:
         """Why an implementation cannot compute the layer on the device in a precision; None if it can."""
-        if os.environ.get("TRITON_INTERPRET") == "1" and precision == "bf16":
-            return "Triton's interpreter holds bfloat16 as whole numbers"
+        if INTERPRETED and precision == "bf16":
+            return "Triton's interpreter takes bfloat16 for whole numbers"
         if precision not in self._signatures:
             module, x, _ = self._copy(self.device, _type(precision))
             with arithmetic(precision), autocast(precision, self.device):

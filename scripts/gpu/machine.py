@@ -14,7 +14,7 @@ from timing.floor import Machine
 
 from .cases import Case
 from .journal import Record, find_result
-from .scope import Scope
+from .scope import INTERPRETED, Scope
 
 STAGE = "machine"
 _PACKAGES = ("torch", "triton", "torchvision", "timm", "numpy")
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> Record:
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "interpreter of Triton": os.environ.get("TRITON_INTERPRET") == "1",
+        "interpreter of Triton": INTERPRETED,
         **{name: _version(name) for name in _PACKAGES},
     }
     if device.type == "cpu":

@@ -47,7 +47,7 @@ def _geometry() -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(14, 130, 1, (1, 2)),
         nn.ReLU(),
-        nn.Conv2d(130, 22, (2, 3), (2, 3), bias=False),
+        nn.Conv2d(130, 22, (1, 3), (2, 3), bias=False),
     )
 
 

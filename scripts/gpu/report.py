@@ -161,9 +161,9 @@ def _training(records: Sequence[Record]) -> Iterator[str]:
     for name, result in results(records, training.STAGE):
         if "resumed_as_uninterrupted" in result:
             losses = ", ".join(f"{value:.3f}" for value in result["losses"]["whole"])
-            good = {True: "yes", False: "NO"}
-            falling = good[result["finite_and_falling"]]
-            yield f"- {result['steps']} steps: losses {losses}; finite and falling: {falling}"
+            good = {True: "yes", False: "NO", None: "too few steps to tell"}
+            finite, falling = good[result["finite"]], good[result["falling"]]
+            yield f"- {result['steps']} steps: losses {losses}; finite: {finite}; falling: {falling}"
             yield (
                 f"- killed after {result['killed_after']} steps and resumed: as an uninterrupted run: "
                 f"{good[result['resumed_as_uninterrupted']]}; losses differ by at most "
@@ -186,7 +186,7 @@ def status(records: Sequence[Record]) -> int:
     broken = any(end not in ("done", "stopped at its limit") for end in ends)
     wrong = any(result["wrong"] for _, result in results(records, correctness.STAGE))
     apart = any(
-        not (result.get("resumed_as_uninterrupted", True) and result.get("finite_and_falling", True))
+        False in (result.get(name) for name in ("finite", "falling", "resumed_as_uninterrupted"))
         or any(not compared["within"] for compared in (result.get("compared") or {}).values())
         for _, result in results(records, training.STAGE)
     )

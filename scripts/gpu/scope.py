@@ -1,8 +1,11 @@
 """How much is measured: on a GPU or a CPU, in full, quickly, or as little as shows that the report works."""
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU; bfloat16 is not right there
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _cpu(device: torch.device, size: str) -> Scope:
         device,
         {name: factor * seconds for name, seconds in limits.items()},
         limit=factor * 285,
-        precisions=("fp64", "fp32", "bf16"),
+        precisions=("fp64", "fp32", "fp16" if INTERPRETED else "bf16"),
         shares=max(torch.get_num_threads() // 2, 1),
         layers=("resnet18/kw4x_resnet18",),
         layer_batches=(4, 1),

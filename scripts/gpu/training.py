@@ -27,6 +27,7 @@ STAGE = "training"
 QUICKSTART = "quickstart/kw1x_resnet18"
 CLASSES = 4
 _ROOT = Path(__file__).resolve().parents[2]
+_FEW = 50  # steps, of which the losses need not fall
 # By how much the losses of a resumed run may differ relatively, if those before it was killed do not differ by a tenth
 # of that: on a GPU sums are taken in any order.
 _NEAR = {"cuda": 0.05, "cpu": 1e-6}
@@ -91,7 +92,8 @@ def _kill_and_resume(scope: Scope, folder: Path) -> Record:
         "steps": per_epoch * scope.steps_epochs,
         "killed_after": half,
         "losses": losses,
-        "finite_and_falling": bool(np.isfinite(losses["whole"]).all()) and last < first,
+        "finite": bool(np.isfinite(losses["whole"]).all()),
+        "falling": None if len(losses["whole"]) * per_epoch < _FEW else last < first,
         "differences_before": before,
         "differences_after": after,
         "weights_differ": _weights_differ(*folders.values()),
