@@ -1,8 +1,9 @@
 """Mask R-CNN and its kin in mmdetection, on any converted backbone.
 
 Importing the package readies mmdetection: it supplies the operators that mmcv-lite lacks, and registers
-`DynamicBackbone`, `SimpleFeaturePyramid` and `LayerDecayConstructor`, which configurations then name. It must come before
-anything that imports `mmcv.ops`, as mmdet's own tools do: ``python -m kernelwarehouse.detection tools/train.py CONFIG`` runs those.
+`DynamicBackbone`, `SimpleFeaturePyramid` and `LayerDecayConstructor`, which configurations then name. It must come
+before anything that imports `mmcv.ops`, as mmdet's own tools do: ``python -m kernelwarehouse.detection
+tools/train.py CONFIG`` runs those.
 """
 
 from .bridge import install

@@ -54,7 +54,8 @@ class DynamicBackbone(BaseModule):
         frozen_stages: Freeze all that makes the levels up to this one, in the numbering of `out_indices`: parameters
             stay as they are, and norms and stochastic depth are in evaluation mode. What they share (the cells of a
             warehouse) is frozen with them when only frozen layers use it; what layers further up use too keeps
-            learning, so that the frozen layers still mix by their own attention, but from cells that move. −1 freezes nothing.
+            learning, so that the frozen layers still mix by their own attention, but from cells that move. −1 freezes
+            nothing.
         norm_eval: Keep all batch norms, those of the attentions too, in evaluation mode; their scale and shift learn.
         drop_path: Rate of stochastic depth, whatever the configuration says about training the classifier.
         with_cp: Recompute activations in the backward pass instead of keeping them.

@@ -4,9 +4,10 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from itertools import chain
+from typing import Any, NoReturn, get_type_hints
 
-from ..configs.schema import Config, ConfigError, Fields, chosen_operator, field_help, known_fields
+from ..configs.schema import Config, ConfigError, Fields, chosen_operator, field_help, field_names, known_fields
 from ..configs.schema.fields import read_fields, reject_unknown
 from ..models import SCHEMAS, operator_names, read_config
 from .signals import EXIT_INTERRUPTED
@@ -32,19 +33,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     options, unknown = build_parser(operator).parse_known_args(arguments)
     if unknown:
         if unknown[0].startswith("--"):
-            name = unknown[0].removeprefix("--").partition("=")[0]
-            # Fields of other operators are for `read_config` to explain.
-            others = [] if operator else [field for other in operator_names() for field in known_fields(SCHEMAS[other])]
-            reject_unknown([name], [*known_fields(operator), *others, "kw_config", "import"], "command line")
-            raise ConfigError(
-                f"command line: --{name} is a field of an operator, and no model with one was named before it"
-            )
+            _explain(unknown[0].removeprefix("--").partition("=")[0], operator)
         raise ConfigError(f"command line: unexpected argument {unknown[0]!r}")
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     # One word is itself: a single ratio holds for all warehouses, a list has one for each.
     given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
     given.pop("import", None)
     return read_config(given.pop("kw_config", {}), given)
+
+
+def _explain(name: str, operator: type[Fields] | None) -> NoReturn:
+    """Say what is wrong with an option that the command line does not have."""
+    fields = {} if operator else {other: field_names(SCHEMAS[other]) for other in operator_names()}
+    owners = [other for other, names in fields.items() if name in names]
+    if owners:
+        raise ConfigError(
+            f"command line: --{name} is a field of {' or '.join(owners)}: choose that by --operator, or by the model's "
+            "prefix"
+        )
+    reject_unknown([name], [*known_fields(operator), *chain(*fields.values()), "kw_config", "import"], "command line")
+    raise ConfigError(f"command line: --{name} cannot be read")
 
 
 def _operator(arguments: Sequence[str] | None) -> type[Fields] | None:
@@ -62,8 +70,11 @@ def _operator(arguments: Sequence[str] | None) -> type[Fields] | None:
     file = options.pop("kw_config")
     fields = read_fields(file) if file else {}
     fields |= {name: value for name, value in options.items() if value is not None}
-    name = chosen_operator(fields, SCHEMAS)
-    return SCHEMAS[name] if name else None
+    try:
+        name = chosen_operator(fields, SCHEMAS)
+        return SCHEMAS[name] if name else None
+    except ConfigError as e:
+        raise ConfigError(f"{file if file and options['operator'] is None else 'command line'}: {e}") from None
 
 
 def build_parser(operator: type[Fields] | None = None) -> argparse.ArgumentParser:

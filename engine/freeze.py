@@ -12,8 +12,8 @@ from ..models import dynamic_layers, shared_labels, sharing
 def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> None:
     """Exclude parameters from training.
 
-    What layers share goes by the plan and not by the place where it is saved: it is frozen when a pattern is the name that
-    the plan gives it, such as stage1_layer_conv, or when all other parameters of every layer that uses it are frozen.
+    What layers share goes by the plan and not by the place where it is saved: it is frozen when a pattern is the name
+    that the plan gives it, such as stage1_layer_conv, or when all else of every layer that uses it is frozen.
 
     Args:
         model: Changed in place.

@@ -37,7 +37,7 @@ class Schedule:
 
     @classmethod
     def build(cls, run: RunConfig, iterations_per_epoch: int, anneals: Mapping[str, Anneal]) -> "Schedule":
-        """Return the schedule of `run` for epochs of that many micro-batches, and for operators with these temperatures.
+        """Return the schedule of `run` for epochs of that many micro-batches, for operators with such temperatures.
 
         Raises:
             ConfigError: A warm-up or a change of the temperature that is longer than the run, or a temperature that an
@@ -105,14 +105,14 @@ def _fitted(anneal: Anneal, run: RunConfig, operator: str) -> Anneal:
     """The change of a temperature as a run wants it: unset, it takes the paper's length or a third of the run."""
     if run.temp_epoch is not None and run.temp_epoch > run.epochs:
         raise ConfigError(
-            f"field 'temp_epoch': the temperature of {operator} would not reach its end, {anneal.end:g}, within 'epochs', "
-            f"{run.epochs}; found {run.temp_epoch:g}: pass a smaller --temp_epoch, or leave it unset"
+            f"field 'temp_epoch': the temperature of {operator} would not reach its end, {anneal.end:g}, within "
+            f"'epochs', {run.epochs}; found {run.temp_epoch:g}: pass a smaller --temp_epoch, or leave it unset"
         )
     epochs = min(anneal.epochs, run.epochs / 3) if run.temp_epoch is None else run.temp_epoch
     if epochs > 0.9 * run.epochs:
         warnings.warn(
-            f"field 'temp_epoch': the temperature of {operator} reaches its end after {epochs:g} of {run.epochs} epochs "
-            "('epochs'), when the learning rate is nearly gone: the network will hardly learn to do without it",
+            f"field 'temp_epoch': the temperature of {operator} reaches its end after {epochs:g} of {run.epochs} "
+            "'epochs', when the learning rate is nearly gone: the network will hardly learn to do without it",
             stacklevel=2,
         )
     low, high = anneal.limits

@@ -182,7 +182,9 @@ class Training:
         """
         load_weights(self.model, state["model"], source="it belongs to another model")
         if self.ema is not None:
-            load_weights(self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model")
+            load_weights(
+                self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model"
+            )
         try:
             saved = optimizer_state_for(self.model, state["model"], state["optimizer"], self.run)
             self.optimizer.load_state_dict(saved)

@@ -1,6 +1,6 @@
 """Models: backbones of timm, converted to dynamic convolutions."""
 
-from ..configs.schema import ConfigError, ModelConfig
+from ..configs.schema import ConfigError, ModelConfig, limited
 from .build import build_model, create_model, find_preset
 from .checkpoints import (
     DEFAULT_KEY,
@@ -28,8 +28,10 @@ from .convert import (
 )
 from .merge import merge_
 from .operators import SCHEMAS, get_operator, operator_names, read_config, register
-from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
-from .plan import ConversionPlan
+from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig, Preset, Report
+from .ops.tied import Tied
+from .plan import ConversionPlan, LayerPlan
+from .sites import Site, Sites
 from .tuning import tune
 
 __all__ = [
@@ -40,9 +42,15 @@ __all__ = [
     "ConfigError",
     "ConversionPlan",
     "DynamicLayer",
+    "LayerPlan",
     "ModelConfig",
     "Operator",
     "OperatorConfig",
+    "Preset",
+    "Report",
+    "Site",
+    "Sites",
+    "Tied",
     "anneals",
     "build_model",
     "convert_",
@@ -51,6 +59,7 @@ __all__ = [
     "find_preset",
     "find_state_dict",
     "get_operator",
+    "limited",
     "load_checkpoint",
     "load_content",
     "load_weights",

@@ -8,16 +8,16 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..configs.schema import ConfigError, ModelConfig
 from .convert import convert_
+from .families import find_family
 from .operators import built_in_operators, get_operator, read_config, split_model_name
 from .ops.api import OperatorConfig, Preset
-from .sites import find_family
 
 # timm's names of backbones that upstream or its paper calls otherwise.
 ALIASES = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224"}
@@ -107,7 +107,7 @@ def registered_models() -> dict[str, str]:
 
 
 def _nearest(model: str) -> str:
-    names = [*registered_models(), *ALIASES, *timm.list_models()]
+    names = {*registered_models(), *ALIASES, *timm.list_models()}
     near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
@@ -137,7 +137,7 @@ def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool
     backbone = ALIASES.get(preset.backbone, preset.backbone)
     if not timm.is_model(backbone):
         raise ConfigError(f"timm has no network {backbone!r}{_nearest(name)}")
-    net = timm.create_model(backbone, pretrained=pretrained, **kwargs)
+    net: Any = timm.create_model(backbone, pretrained=pretrained, **kwargs)
     cfg = {**(net.pretrained_cfg or {}), "architecture": name}
     net.pretrained_cfg = net.default_cfg = cfg if pretrained else {**cfg, **_NO_WEIGHTS}
     convert_(net, cls(**{**preset.fields, **fields}), keep_weights=pretrained)

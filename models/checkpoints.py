@@ -194,7 +194,8 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the keys that belong to the classifier, with the cells that it alone uses."""
     if not hasattr(model, "get_classifier"):
         return ()
-    classifiers = model.get_classifier()
+    network: Any = model
+    classifiers = network.get_classifier()
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     heads = [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
     cells = [shared for shared, users in sharing(model).items() if all(user in heads for user in users)]

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from .layers import LAYERS, Layer
 from .obstacles import Obstacles
 from .operators import get_operator
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .ops.tied import Temperature, Tied
 from .plan import ConversionPlan, LayerPlan
-from .sites import LAYERS, check_network, find_sites
+from .sites import check_network, find_sites
 
 
 def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
@@ -28,7 +29,8 @@ def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Te
     """
     operator = get_operator(config.operator)
     _check_not_converted(net, operator)
-    plan = operator.plan(find_sites(net, example_input, readers=operator.needs_readers), config)
+    sites = find_sites(net, example_input, readers=operator.needs_readers, converted=dynamic_layers(net))
+    plan = operator.plan(sites, config)
     if not plan.layers:
         raise ValueError(f"nothing to convert in {type(net).__name__}")
     return plan
@@ -74,10 +76,11 @@ def convert_(
         operator.load_static(new, old, plan)
     _inherit(new, old)
     operator.apply_(net, plan, new)
+    _leave_fast_paths_(net, new)
     return net
 
 
-def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.Module]) -> dict[str, DynamicLayer]:
+def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, Layer]) -> dict[str, DynamicLayer]:
     """New layers by name, sharing what the plan says, with one temperature."""
     weight = next(iter(old.values())).weight
     shared = operator.shared(plan, weight.device, weight.dtype)
@@ -95,7 +98,7 @@ def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, nn.
     return layers
 
 
-def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> None:
+def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, Layer]) -> None:
     """Mode and trainability: a bias is trained if the old one was, all else if the old weight was."""
     users: dict[Tied, list[bool]] = {}
     for name, layer in new.items():
@@ -115,7 +118,21 @@ def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, nn.Module]) -> N
         module.requires_grad_(any(trained))
 
 
-def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
+def _leave_fast_paths_(net: nn.Module, names: Iterable[str]) -> None:
+    """Let torch's transformer layers call the linear layers in them: in evaluation they would read their weights."""
+    parents = {name.rpartition(".")[0] for name in names}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and name in parents:
+            module.register_forward_pre_hook(_without_fast_path)
+        elif isinstance(module, nn.TransformerEncoder) and any(parent.startswith(f"{name}.") for parent in parents):
+            module.use_nested_tensor = False
+
+
+def _without_fast_path(_module: nn.Module, _args: tuple) -> None:
+    """Do nothing: where a module has a hook, torch takes the path that calls its parts."""
+
+
+def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, Layer]:
     """The layers of `net` that the plan names, each checked to be what it expects and to stand in nobody's way."""
     modules = dict(net.named_modules())
     obstacles = Obstacles(net)
@@ -134,7 +151,7 @@ def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, nn.Module]:
     return found
 
 
-def _fits(module: nn.Module, layer: LayerPlan) -> bool:
+def _fits(module: Layer, layer: LayerPlan) -> bool:
     shape = tuple(module.weight.shape)
     widened = shape + (1,) * (len(layer.kernel) - len(shape)) if isinstance(module, nn.Linear) else shape
     return layer.kind in (cls.__name__ for cls in type(module).__mro__) and widened == layer.kernel

@@ -1,5 +1,6 @@
 """Merging for deployment: what a trained network's layers can compute once and for all, where that makes it faster."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ def merge_(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
         model: A converted network in evaluation mode at the temperature of a trained one, or a module that holds one.
         x: An input of `model` as it will be served; its batch and size decide which layers gain.
         **options: The operator's: for KernelWarehouse `dtype`, the type in which products are kept (half precision
-            halves their memory and rounds each to 3, bfloat16 to 2 significant digits), and `max_bytes`, the most memory
-            that they may take (the layers that gain most per byte come first).
+            halves their memory and rounds each to 3, bfloat16 to 2 significant digits), and `max_bytes`, the most
+            memory that they may take (the layers that gain most per byte come first).
 
     Returns:
         model.
@@ -38,10 +39,10 @@ def merge_(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
             raise ValueError(
                 f"only a trained model can be merged, and {name} is in training mode: call model.eval() first"
             )
-        if layer.temperature is not None and layer.temperature.value.item() != layer.temperature.end:
+        if layer.temperature is not None and (value := layer.temperature.value.item()) != layer.temperature.end:
+            end = layer.temperature.end
             raise ValueError(
-                f"only a trained model can be merged: {name} is at temperature {layer.temperature.value.item():g}, a trained "
-                f"one at {layer.temperature.end:g}"
+                f"only a trained model can be merged: {name} is at temperature {value:g}, a trained one at {end:g}"
             )
     shapes = _input_shapes(model, x)
     by_operator: dict[str, dict[str, Any]] = {}
@@ -64,10 +65,7 @@ def _input_shapes(model: nn.Module, x: Tensor) -> dict[str, tuple[int, ...]]:
     def note(name: str, layer: Any, args: tuple[Tensor, ...]) -> None:
         seen[name] = tuple(layer.as_images(args[0]).shape)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: note(name, layer, args))
-        for name, layer in dynamic_layers(model).items()
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in dynamic_layers(model).items()]
     try:
         model(x)
     finally:

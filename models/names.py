@@ -5,10 +5,11 @@ Authors of operators build on these, and so name the weights that they publish.
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from .sites import find_family
+from .families import find_family
 
 
 def original_names(net: nn.Module) -> Callable[[str], str]:
@@ -18,7 +19,8 @@ def original_names(net: nn.Module) -> Callable[[str], str]:
     """
     family = find_family(net)
     if family is not None and family.name == "MobileNetV2":
-        depths = [len(stage) for stage in net.blocks]
+        stages: Any = net.blocks
+        depths = [len(stage) for stage in stages]
         return lambda name: _mobilenetv2(name, depths)
     if family is not None and family.name == "ConvNeXt":
         return _convnext

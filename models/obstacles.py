@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
-PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from .layers import LAYERS, Layer
 
 # Where torch keeps what users hang onto a module; it has no public way to ask.
 _HOOKS = {
@@ -30,14 +30,13 @@ class Obstacles:
                 for parameter in module.parameters(recurse=False):
                     self._owners.setdefault(id(parameter), []).append(name)
 
-    def find(self, name: str, layer: nn.Module) -> str | None:
+    def find(self, name: str, layer: Layer) -> str | None:
         """Why the layer called `name` cannot be replaced, if so, with what would help."""
         paths = self._paths[id(layer)]
         if len(paths) > 1:
             return f"{' and '.join(paths)} are one module: untie or exclude them"
         if parametrize.is_parametrized(layer):
-            tensors = ", ".join(layer.parametrizations)
-            return f"{name} is parametrized ({tensors}): remove the parametrization (remove_parametrizations) or exclude it"
+            return f"{name} is parametrized: remove that (torch.nn.utils.parametrize) or exclude the layer"
         if hooks := hooks_of(layer):
             return f"{name} has {hooks}, which a conversion would lose: remove or exclude it"
         if "forward" in vars(layer):
@@ -49,9 +48,9 @@ class Obstacles:
             return f"{name} has a kernel without elements: {tuple(layer.weight.shape)}"
         return None
 
-    def foreign(self, layer: nn.Module) -> str | None:
+    def foreign(self, layer: Layer) -> str | None:
         """What the layer is, if it is not simply a layer of torch.nn."""
-        if type(layer) in PLAIN or parametrize.is_parametrized(layer):
+        if type(layer) in LAYERS or parametrize.is_parametrized(layer):
             return None
         return f"it is a {type(layer).__name__}, whose arithmetic may be its own"
 

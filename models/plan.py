@@ -1,13 +1,17 @@
 """The plan of a conversion: which layer is replaced by what. Pure data: printable, serialisable.
 
-An operator's plan is a subclass of `ConversionPlan` with layers of a subclass of `LayerPlan`, which add what it decides.
+An operator's plan is a subclass of `ConversionPlan` with layers of a subclass of `LayerPlan`, which add what it
+decides.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from .sites import Site
+
+P = TypeVar("P", bound="LayerPlan")
 VERSION = 1  # of the plans that `to_dict` writes
 
 
@@ -24,6 +28,7 @@ class LayerPlan:
             follow each other in the batch, each of which then has a kernel of its own.
         added: Parameters beyond those of the static layer, of what it does not share.
         macs: Multiply-accumulates for a sample beyond those of the static layer.
+        shares: Names of what it shares with other layers.
     """
 
     name: str
@@ -33,11 +38,13 @@ class LayerPlan:
     repeats: int = 1
     added: int = 0
     macs: int = 0
+    shares: tuple[str, ...] = ()
 
-    @property
-    def shares(self) -> tuple[str, ...]:
-        """Names of what it shares with other layers."""
-        return ()
+    @classmethod
+    def of(cls: type[P], site: Site, **decided: Any) -> P:
+        """The plan of a site, with what an operator has decided."""
+        described = {"name": site.name, "kind": site.kind, "in_channels": site.in_channels, "kernel": site.kernel}
+        return cls(**{**described, "repeats": site.repeats or 1, **decided})
 
 
 @dataclass(frozen=True)
@@ -50,20 +57,22 @@ class ConversionPlan:
         layers: The layers in the order of ``network.modules()``.
         parameters_before: Parameters of the static network.
         left: Layers that stay static though layers like them are replaced, with the reason.
+        shared_parameters: Parameters of what layers share.
     """
 
     operator: str
     config: Any
     layers: tuple[LayerPlan, ...]
     parameters_before: int
-    left: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...] = ()
+    shared_parameters: int = 0
 
     layer_type: ClassVar[type[LayerPlan]] = LayerPlan
 
     @property
     def parameters_after(self) -> int:
         """Parameters of the converted network."""
-        return self.parameters_before + sum(layer.added for layer in self.layers)
+        return self.parameters_before + sum(layer.added for layer in self.layers) + self.shared_parameters
 
     @property
     def mixing_macs(self) -> int:

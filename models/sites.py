@@ -1,26 +1,21 @@
 """The layers of a network that an operator may replace, with what is known about each: `find_sites`.
 
-For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's stage,
-block and role; for any other network they follow from its structure (`structure.py`). No operator is known here: which
-layers one replaces, and which share what, is its own business.
+For the families that papers convert (ResNet, MobileNetV2, ConvNeXt, vision transformers) a table says each layer's
+stage, block and role (`families.py`); for any other network they follow from its structure (`structure.py`). No
+operator is known here: which layers one replaces, and which share what, is its own business.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
-import torchvision
-from timm.models.convnext import ConvNeXt
-from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .families import Place, find_family
+from .layers import LAYERS, Layer
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -116,25 +111,13 @@ class Sites:
         return len(self.sites)
 
 
-Place = tuple[str, str, str]  # stage, block, role
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of backbones.
-
-    Attributes:
-        name: Its name.
-        matches: Whether a network belongs to it.
-        place: The names of its layers → stage, block and role of those it knows.
-    """
-
-    name: str
-    matches: Callable[[nn.Module], bool]
-    place: Callable[[list[str]], dict[str, Place]]
-
-
-def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: bool = False) -> Sites:
+def find_sites(
+    net: nn.Module,
+    example_input: Tensor | None = None,
+    *,
+    readers: bool = False,
+    converted: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> Sites:
     """Find the layers of `net` that may be replaced, changing nothing.
 
     Args:
@@ -142,12 +125,15 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
         example_input: For a network without a table: an input of it, of which shape and type are used; it is run once
             or twice on the meta device. None guesses one.
         readers: Whether to find out which sites read each one's output.
+        converted: Layers of other operators by name: they are no sites, and what is inside of them is theirs.
 
     Raises:
         ValueError: A wrapped network, a single layer, or one without convolutions and linear layers of torch.nn.
     """
     check_network(net)
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, LAYERS)}
+    insides = tuple(f"{name}." for name in converted)
+    found = {name: m for name, m in net.named_modules() if not name.startswith(insides)}
+    layers = {name: m for name, m in found.items() if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
     family = find_family(net)
@@ -156,16 +142,19 @@ def find_sites(net: nn.Module, example_input: Tensor | None = None, *, readers: 
     if family is not None:
         places = family.place(list(layers))
     else:
-        trace = trace_layers(net, layers, example_input)
+        watched = {name: m for name, m in found.items() if name in layers or name in converted}
+        trace = trace_layers(net, watched, example_input)
         places = {name: _place_by_structure(name, layers[name], trace) for name in layers}
     obstacles = Obstacles(net)
-    found = _find_readers(net, layers) if readers else {}
+    reading = _find_readers(net, {*layers, *converted}) if readers else {}
     sites = []
     for name, layer in layers.items():
         stage, block, role = places.get(name, ("", "", "unknown" if family else "body"))
-        site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=found.get(name, ()))
+        site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=reading.get(name, ()))
         known = 1 if family is not None or site.kind != "Linear" else None
         repeats = trace.repeats.get(name, known) if family is None else known
+        if site.kind == "Linear" and _is_sequence_first(net, name):
+            repeats = 0
         sites.append(
             replace(
                 site,
@@ -201,12 +190,7 @@ def check_network(net: nn.Module) -> None:
         raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
 
 
-def find_family(net: nn.Module) -> Family | None:
-    """The family that a network belongs to, None where there is no table for it."""
-    return next((family for family in FAMILIES if family.matches(net)), None)
-
-
-def _describe(name: str, layer: nn.Module) -> Site:
+def _describe(name: str, layer: Layer) -> Site:
     kind = next(cls.__name__ for cls in LAYERS if isinstance(layer, cls))
     weight, bias = layer.weight, layer.bias is not None
     kernel = tuple(weight.shape)
@@ -228,7 +212,7 @@ def _describe(name: str, layer: nn.Module) -> Site:
     )
 
 
-def _place_by_structure(name: str, layer: nn.Module, trace: Trace) -> Place:
+def _place_by_structure(name: str, layer: Layer, trace: Trace) -> Place:
     """The first layer of all reads the image; what reads a single position works on pooled features."""
     if name not in trace.shapes:
         return "", "", "unused" if trace.error is None else "body"
@@ -241,7 +225,15 @@ def _place_by_structure(name: str, layer: nn.Module, trace: Trace) -> Place:
     return stage, "", "head" if single else "body"
 
 
-def _find_readers(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+def _is_sequence_first(net: nn.Module, name: str) -> bool:
+    """Whether a layer is part of one of torch's modules that are told to read (tokens, batch, channels)."""
+    parents = [net.get_submodule(name.rsplit(".", depth)[0]) for depth in range(1, name.count(".") + 1)]
+    parts = [part for parent in parents for part in (parent, *parent.children())]
+    torchs = (nn.MultiheadAttention, nn.RNNBase)
+    return any(isinstance(part, torchs) and not part.batch_first for part in parts)
+
+
+def _find_readers(net: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Site → the sites that its output reaches through no other site; nothing where the network cannot be traced."""
 
     class Tracer(torch.fx.Tracer):
@@ -267,71 +259,3 @@ def _find_readers(net: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
                     queue += user.users
             found[node.target] = tuple(dict.fromkeys(reached))
     return found
-
-
-def _place_resnet(names: list[str]) -> dict[str, Place]:
-    places: dict[str, Place] = {}
-    for name in names:
-        if re.fullmatch(r"conv1(\.\d+)*", name):
-            places[name] = "", "", "stem"
-        elif m := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:(conv\d+)|downsample\.\d+)", name):
-            places[name] = m[1], m[2], m[3] or "downsample"
-        elif name == "fc":
-            places[name] = "", "", "head"
-    return places
-
-
-def _place_mobilenetv2(names: list[str]) -> dict[str, Place]:
-    tops = {"conv_stem": "stem", "conv_head": "last", "classifier": "head"}
-    roles = {"pw": "expand", "dw": "depthwise", "pwl": "project"}
-    places: dict[str, Place] = {name: ("", "", tops[name]) for name in names if name in tops}
-    for name in names:
-        if m := re.fullmatch(r"blocks\.(\d)\.(\d+)\.conv_(pw|dw|pwl)", name):
-            # The one block without expansion calls its projection conv_pw.
-            places[name] = m[1], m[2], "project" if m[1] == "0" and m[3] == "pw" else roles[m[3]]
-    return places
-
-
-def _place_convnext(names: list[str]) -> dict[str, Place]:
-    roles = {"conv_dw": "depthwise", "mlp.fc1": "expand", "mlp.fc2": "project"}
-    places: dict[str, Place] = {}
-    for name in names:
-        if name == "stem.0":
-            places[name] = "0", "", "stem"
-        elif m := re.fullmatch(r"stages\.(\d+)\.downsample\.1", name):
-            places[name] = m[1], "", "downsample"
-        elif m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|mlp\.fc1|mlp\.fc2)", name):
-            places[name] = m[1], m[2], roles[m[3]]
-        elif name == "head.fc":
-            places[name] = "", "", "head"
-    return places
-
-
-def _place_vit(names: list[str]) -> dict[str, Place]:
-    roles = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-    places: dict[str, Place] = {}
-    for name in names:
-        if name == "patch_embed.proj":
-            places[name] = "", "", "stem"
-        elif (m := re.fullmatch(r"blocks\.(\d+)\.(attn\.\w+|mlp\.fc\d)", name)) and m[2] in roles:
-            places[name] = "", m[1], roles[m[2]]
-        elif name in ("head", "head_dist"):
-            places[name] = "", "", "head"
-    return places
-
-
-def _is_mobilenetv2(net: nn.Module) -> bool:
-    """timm builds many networks from one class; MobileNetV2 has seven settings of 3×3 blocks without attention."""
-    if not isinstance(net, EfficientNet) or len(net.blocks) != 7 or len(net.blocks[0]) != 1:
-        return False
-    blocks = [block for stage in net.blocks for block in stage]
-    plain = all(isinstance(getattr(block, "se", None), nn.Identity) for block in blocks)
-    return plain and all(getattr(getattr(b, "conv_dw", None), "kernel_size", None) == (3, 3) for b in blocks)
-
-
-FAMILIES = (
-    Family("ResNet", lambda net: isinstance(net, ResNet | torchvision.models.ResNet), _place_resnet),
-    Family("MobileNetV2", _is_mobilenetv2, _place_mobilenetv2),
-    Family("ConvNeXt", lambda net: isinstance(net, ConvNeXt), _place_convnext),
-    Family("VisionTransformer", lambda net: isinstance(net, VisionTransformer), _place_vit),
-)

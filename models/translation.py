@@ -1,4 +1,4 @@
-"""Weights under other names and in other layouts: what a network's weights are called elsewhere, and how they lie there."""
+"""What a network's weights are called elsewhere, and how they lie there."""
 
 from collections.abc import Callable, Mapping
 

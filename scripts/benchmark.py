@@ -38,8 +38,8 @@ from kernelwarehouse import ConfigError, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import get_operator
-from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
-from kernelwarehouse.models.tuning import distinct_layers, implementations, measure, tune
+from kernelwarehouse.models.ops.kernel_warehouse import NAMES
+from kernelwarehouse.models.tuning import distinct_layers, measure, tune
 
 SWEEPS = {
     "budget": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -189,7 +189,7 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
 def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Print a table of layers for each mode, precision and batch, and return what JSON keeps."""
     (case,) = read_cases(arguments)
-    parity = check_case(case, 64, [*implementations(device), "folded"], device)
+    parity = check_case(case, 64, [*(name for name in NAMES if name not in ("reference", "triton")), "merged"], device)
     print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
@@ -237,8 +237,8 @@ def parse_arguments() -> argparse.Namespace:
         raise ConfigError("--device: torch finds no GPU here; take cpu")
     if arguments.device == "cpu" and "tf32" in arguments.precision:
         raise ConfigError("--precision: tf32 is of GPUs; on a CPU take fp32, bf16 or fp16")
-    if arguments.device == "cpu" and "fused" in arguments.implementation:
-        raise ConfigError("--implementation: fused runs on a GPU only; on a CPU streamed takes its place")
+    if arguments.device == "cpu" and "triton" in arguments.implementation:
+        raise ConfigError("--implementation: triton runs on a GPU only; on a CPU take cpp")
     others = arguments.sweep, arguments.plot, arguments.memory, arguments.implementation, arguments.compile
     if arguments.layers and any(others):
         raise ConfigError("--layers goes with none of --sweep, --plot, --memory, --implementation and --compile")

@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh test
 
 export OMP_NUM_THREADS=1 # the test processes share the cores already
+unset PYTHONDONTWRITEBYTECODE # dozens of processes import torch; half of that time is compiling what it imports
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/basedpyright --pythonpath .venv/bin/python

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from networks import TINY
 
 from kernelwarehouse.configs.schema import ConfigError, known_fields
@@ -145,40 +146,59 @@ def test_the_kept_configuration_starts_the_same_run(main, file, tmp_path):
     assert kept == parse_arguments(["--kw_config", file, "--epochs", "1", "--output_dir", str(tmp_path / "run")])
 
 
-def start(*words, **options):
-    """main.py as a process of its own."""
-    command = [sys.executable, "main.py", *words]
-    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipe, **options)
+@pytest.fixture
+def start(main, tmp_path):
+    """A function that runs main.py's main in a process of its own, which writes its errors into a file."""
+    processes, errors = [], tmp_path / "errors"
+
+    def work(prepare, words):
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+        with errors.open("w") as file, open(os.devnull, "w") as silence:
+            os.dup2(silence.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # in place of pytest's
+        prepare()
+        raise SystemExit(main(words))
+
+    def begin(*words, prepare=lambda: None):
+        processes.append(multiprocessing.get_context("fork").Process(target=work, args=(prepare, words)))
+        processes[-1].start()
+        return processes[-1], errors
+
+    yield begin
+    for process in processes:
+        process.kill()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_process_with_its_state_saved_and_status_75(file, tmp_path, number):
+def test_a_signal_ends_the_process_with_its_state_saved_and_status_75(start, file, tmp_path, number):
     run = tmp_path / "run"
-    process = start("--kw_config", file, "--epochs", "10000", "--output_dir", str(run), "--disable_eval")
+    process, errors = start("--kw_config", file, "--epochs", "10000", "--output_dir", str(run), "--disable_eval")
+    end = time.monotonic() + 300
     while not list(run.glob("checkpoint-*.pth")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), errors.read_text()
+        assert time.monotonic() < end, "no checkpoint within 300 s"
         time.sleep(0.05)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == EXIT_INTERRUPTED == 75
-    assert error == "told to end by a signal\n"
+    os.kill(process.pid, number)
+    process.join(300)
+    assert process.exitcode == EXIT_INTERRUPTED == 75
+    assert errors.read_text() == "told to end by a signal\n"
     path, state = newest_checkpoint(run)
     assert state["iteration"] > 0
     assert path.name == f"checkpoint-{state['epoch'] + 1}-{state['step']}.pth"
 
 
-@pytest.mark.slow
-def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(main, file, tmp_path, capsys):
+def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(start, main, file, tmp_path, capsys):
     """A limit on the size of files, which the second epoch's checkpoint does not fit, stands for a full disk."""
+    resource = pytest.importorskip("resource")
     run = tmp_path / "run"
     words = ["--kw_config", file, "--output_dir", str(run)]
     assert main([*words, "--epochs", "1"]) == 0
     before = {path.name: path.read_bytes() for path in run.glob("checkpoint-*")}
-    process = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 1, error
+    process, errors = start(*words, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    process.join(300)
+    error = errors.read_text()
+    assert process.exitcode == 1, error
     assert error.startswith("error: ")
     assert "could not be written, and is as it was before" in error
     assert error.count("\n") == 1
@@ -188,7 +208,6 @@ def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(main, file
     assert [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()] == [0, 1]
 
 
-@pytest.mark.slow
 def test_the_script_hides_its_folders_and_prints_no_traceback(tmp_path):
     """`import datasets` must not find this project's folder, whose name is also Hugging Face's."""
     (tmp_path / "sitecustomize.py").write_text(

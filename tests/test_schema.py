@@ -147,5 +147,20 @@ def test_descriptions_do_not_depend_on_how_python_indents_docstrings():
 
 
 def test_no_field_has_two_owners():
-    names = [f.name for cls in (KWConfig, ModelConfig, RunConfig) for f in dataclasses.fields(cls) if f.name != "operator_fields"]
+    names = [
+        f.name
+        for cls in (KWConfig, ModelConfig, RunConfig)
+        for f in dataclasses.fields(cls)
+        if f.name != "operator_fields"
+    ]
     assert len(names) == len(set(names)) == len(known_fields(KWConfig))
+
+
+def test_shipped_files_leave_the_length_of_annealing_to_the_operator_unless_their_paper_differs():
+    root = find_config("resnet18/resnet18").parent.parent
+    lengths = {p.parent.name: read_config(p).run.temp_epoch for p in root.glob("*/*.json") if p.stem.startswith("kw")}
+    assert {family: length for family, length in lengths.items() if length is not None} == {
+        "mobilenetv2_050": 15,
+        "mobilenetv2_100": 15,
+    }
+    assert read_config("quickstart/kw1x_resnet18", {"epochs": 5}).run.epochs == 5

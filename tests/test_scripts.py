@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import Digits, eval_transform
-from kernelwarehouse.models import build_model, plans, set_temperature
+from kernelwarehouse.models import build_model, plans, read_config, set_temperature
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -143,5 +143,5 @@ def reject_fields_of_operators(
         if users:
             raise ConfigError(
                 f"{source}: {fields.get('model', 'the model')} is a static network, for which {field!r} means "
-                f"nothing; it is of the operator {' or '.join(users)}: name it by 'operator', or take a model with its prefix"
+                f"nothing; it is a field of {' or '.join(users)}: name that by 'operator', or by the model's prefix"
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.schema import Fields
-from ..plan import ConversionPlan, LayerPlan
+from ..plan import ConversionPlan
 from ..sites import Sites
 from ..translation import Translation, original_translation
 from .selection import Implementation
@@ -118,7 +118,7 @@ class DynamicLayer(nn.Module):
         """The orders in which the layer can be computed, given an output y of one sample, to bound its time from below.
 
         Returns:
-            For each order: multiply-adds of a sample, values that are read once for a batch, multiply-adds once for a batch.
+            For each order: multiply-adds of a sample, values read once for a batch, multiply-adds once for a batch.
         """
         del y
         return [(0, sum(p.numel() for p in self.parameters()), 0)]
@@ -132,10 +132,27 @@ class DynamicLayer(nn.Module):
         children = (child for child in self.children() if isinstance(child, Tied))
         return [child for child in children if next(child.parameters(), None) is not None]
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    @property
+    def tau(self) -> Tensor:
+        """τ, a scalar tensor."""
+        if self.temperature is None:
+            raise RuntimeError(f"this {type(self).__name__} has no temperature")
+        return self.temperature.value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         if self.temperature is not None and any(key.startswith(prefix) for key in state_dict):
-            self.temperature.expect(args[2])
+            self.temperature.expect(missing_keys)
 
 
 class Operator(ABC):
@@ -167,7 +184,7 @@ class Operator(ABC):
         """
 
     @abstractmethod
-    def layer(self, layer: LayerPlan, old: nn.Module, shared: Mapping[str, Tied], plan: Any) -> DynamicLayer:
+    def layer(self, layer: Any, old: Any, shared: Mapping[str, Any], plan: Any) -> DynamicLayer:
         """Make one layer, initialised as for training from scratch, in place of `old`."""
 
     def anneal(self, config: Any) -> Anneal | None:
@@ -179,7 +196,7 @@ class Operator(ABC):
         del plan, device, dtype
         return {}
 
-    def load_static(self, layers: Mapping[str, Any], olds: Mapping[str, nn.Module], plan: Any) -> Report:
+    def load_static(self, layers: Mapping[str, Any], olds: Mapping[str, Any], plan: Any) -> Report:
         """Let the layers compute at first what the static ones did.
 
         Raises:
@@ -225,6 +242,6 @@ class Operator(ABC):
         del x_shapes
         return []
 
-    def export(self, format: str) -> str | None:
-        """Why a network of this operator cannot be exported to a format such as "onnx", or None."""
-        del format
+    def export_obstacle(self, target: str) -> str | None:
+        """Why a network of this operator cannot be exported to a target such as "onnx", or None."""
+        del target

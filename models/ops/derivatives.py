@@ -25,18 +25,20 @@ class Function(ABC):
     fast: ClassVar[bool] = False
 
     @abstractmethod
-    def compute(self, arguments: Any, *tensors: Any) -> Tensor:
-        """The result, in differentiable operators."""
+    def compute(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The result for the arguments and the tensors, in differentiable operators."""
 
-    def forward(self, arguments: Any, *tensors: Any) -> Tensor:
-        """The result, where no gradient is recorded."""
-        return self.compute(arguments, *tensors)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The same, where no gradient is recorded."""
+        return self.compute(*args, **kwargs)
 
-    def gradients(
-        self, arguments: Any, grad: Tensor, needs: Sequence[bool], *tensors: Any
-    ) -> Sequence[Tensor | None]:
-        """The gradients of those tensors that need one, given that of the result; None for the others."""
-        return gradients_by_autograd(lambda *inputs: self.compute(arguments, *inputs), tensors, needs, grad)
+    def gradients(self, *args: Any, **kwargs: Any) -> Sequence[Tensor | None]:
+        """The gradients of those tensors that need one, None for the others.
+
+        It is given the arguments, the gradient of the result, whether each tensor needs one, and the tensors.
+        """
+        arguments, grad, needs, *tensors = args
+        return gradients_by_autograd(lambda *inputs: self.compute(arguments, *inputs), tensors, needs, grad, **kwargs)
 
     def apply(self, arguments: Any, *tensors: Tensor | None) -> Tensor:
         """The result, with its gradient recorded where one is wanted."""
@@ -58,7 +60,7 @@ def gradients_by_autograd(
     with torch.enable_grad():
         # Views, since one of the tensors may have been made of another. What needs a gradient and records none is of a
         # transform of torch.func that was left, as the function that torch.func.vjp returns leaves it.
-        inputs = [
+        inputs: list[Any] = [
             t if t is None or not need else _input(t, create_graph) for t, need in zip(tensors, needs, strict=True)
         ]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
@@ -75,27 +77,28 @@ class _Compiled(torch.autograd.Function):
     """As torch.compile takes it, which has no second derivatives."""
 
     @staticmethod
-    def forward(ctx, function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        function, arguments, *tensors = args
         ctx.function, ctx.arguments = function, arguments
         ctx.save_for_backward(*tensors)
         return function.forward(arguments, *tensors)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
         needs = ctx.needs_input_grad[2:]
-        return None, None, *ctx.function.gradients(ctx.arguments, grad, needs, *ctx.saved_tensors)
+        return None, None, *ctx.function.gradients(ctx.arguments, *grads, needs, *ctx.saved_tensors)
 
 
 class _Eager(_Compiled):
     """The same, with second derivatives."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
         if not torch.is_grad_enabled():
-            return _Compiled.backward(ctx, grad)
+            return _Compiled.backward(ctx, *grads)
         function, arguments = ctx.function, ctx.arguments
         found = gradients_by_autograd(
-            lambda *tensors: function.compute(arguments, *tensors), ctx.saved_tensors, ctx.needs_input_grad[2:], grad
+            lambda *tensors: function.compute(arguments, *tensors), ctx.saved_tensors, ctx.needs_input_grad[2:], *grads
         )
         return None, None, *found
 
@@ -108,8 +111,9 @@ class _Transformed(_Eager):
     """The same in the form of torch.func, which costs many times as much to call."""
 
     @staticmethod
-    def forward(function: Function, arguments: Any, *tensors: Tensor | None) -> Tensor:
-        return function.forward(arguments, *tensors)
+    def forward(*args: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] (torch's other form)
+        function, *rest = args
+        return function.forward(*rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: ARG004 (torch's signature)
@@ -117,8 +121,8 @@ class _Transformed(_Eager):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def vmap(_info, _in_dims, function: Function, *_):
-        raise RuntimeError(_refusal("torch.vmap", function))
+    def vmap(info, in_dims, *args):  # noqa: ARG004
+        raise RuntimeError(_refusal("torch.vmap", args[0]))
 
 
 def _refusal(what: str, function: Function) -> str:

@@ -101,7 +101,9 @@ def check_operands(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     """Raise a ValueError when x (B, Cin, *spatial) and weight (B, Cout, Cin/groups, *kernel) do not fit."""
     dims = len(geometry.stride)
     if x.ndim != dims + 2:
-        raise ValueError(f"a {dims}-D per-sample convolution needs an input (B, C, {dims} sizes), found {tuple(x.shape)}")
+        raise ValueError(
+            f"a {dims}-D per-sample convolution needs an input (B, C, {dims} sizes), found {tuple(x.shape)}"
+        )
     if weight.ndim != dims + 3:
         raise ValueError(f"kernels must be (B, Cout, Cin/groups, {dims} sizes), found {tuple(weight.shape)}")
     if x.shape[0] == 0:

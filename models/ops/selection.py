@@ -4,7 +4,7 @@ import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -18,9 +18,14 @@ class Signature(Protocol):
     """
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """See above."""
+        ...
+
     @property
-    def exporting(self) -> bool: ...
+    def exporting(self) -> bool:
+        """See above."""
+        ...
 
 
 class Implementation(ABC):
@@ -45,15 +50,18 @@ class Implementation(ABC):
 
     def workspace(self, signature) -> int:
         """Bytes that a call writes besides its output."""
+        del signature
         return 0
 
+
+AnyImplementation = TypeVar("AnyImplementation", bound=Implementation)
 
 _MOST_SELECTED = 4096
 _selected: dict[tuple[str, Signature], Implementation] = {}
 _measured: dict[str, str] = {}  # names by the text of a case and the machine, which a checkpoint can hold
 
 
-def select(signature: Signature, candidates: Mapping[str, Implementation], name: str = "auto") -> Implementation:
+def select(signature: Signature, candidates: Mapping[str, AnyImplementation], name: str = "auto") -> AnyImplementation:
     """The implementation of a case: the one of that name or, for "auto", what was measured or should cost least.
 
     It is looked for once for each case.
@@ -68,17 +76,17 @@ def select(signature: Signature, candidates: Mapping[str, Implementation], name:
     """
     if torch.compiler.is_compiling():  # sizes may be symbols, and graphs are made of other operators than were measured
         return _find(signature, candidates, name)
-    chosen = _selected.get((name, signature))
-    if chosen is None:
+    known = _selected.get((name, signature))
+    if known is None:
         if len(_selected) >= _MOST_SELECTED:
             _selected.clear()
         measured = "auto" if signature.exporting or name != "auto" else _measured.get(case(signature), "auto")
-        chosen = _find(signature, candidates, name if measured not in candidates else measured)
-        _selected[name, signature] = chosen
-    return chosen
+        known = _find(signature, candidates, name if measured not in candidates else measured)
+        _selected[name, signature] = known
+    return candidates[known.name]
 
 
-def _find(signature: Signature, candidates: Mapping[str, Implementation], name: str) -> Implementation:
+def _find(signature: Signature, candidates: Mapping[str, AnyImplementation], name: str) -> AnyImplementation:
     if name != "auto":
         if name not in candidates:
             raise ValueError(f"implementation must be auto, {', '.join(candidates)}; found {name!r}")

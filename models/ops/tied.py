@@ -83,10 +83,15 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
     Under flat storage, as `torch.nn.utils.vector_to_parameters` makes it, tensors share memory without being one.
     """
-    a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (a, b))
+    a, b = _local(a), _local(b)
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) or a.storage_offset() != b.storage_offset():
         return False
-    return a.stride() == b.stride() and torch._C._is_alias_of(a, b)
+    return a.stride() == b.stride() and torch._C._is_alias_of(a, b)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _local(t: Any) -> Tensor:
+    """The part of a distributed tensor that is here, or a plain tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def state_aliases(model: nn.Module) -> dict[str, str]:
@@ -104,8 +109,8 @@ def state_aliases(model: nn.Module) -> dict[str, str]:
 class Temperature(Tied):
     """The temperature τ of all layers that one operator has put into a network, a scalar.
 
-    It is part of the state dict; one that lacks it, as older and authors' files do, leaves a trained network: its layers
-    are then at the end of the annealing.
+    It is part of the state dict; one that lacks it, as older and authors' files do, leaves a trained network: its
+    layers are then at the end of the annealing.
 
     Attributes:
         value: τ, a buffer.

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelwarehouse.models.ops.kernel_warehouse import KWLinear
-from kernelwarehouse.models.ops.kernel_warehouse.layer import NAMES
-from kernelwarehouse.models.tuning import Layer, Results, implementations, measure, step
+from kernelwarehouse.models.ops.kernel_warehouse import NAMES, KWLinear
+from kernelwarehouse.models.tuning import Layer, Results, measure, step
 
 from .clock import HALF, arithmetic, autocast
 from .results import table_head, table_row
@@ -23,11 +22,11 @@ def time_layer(layer: Layer, precision: str, rounds: int) -> None:
     """Fill in `seconds`: of whole layers with their attention, and of a static layer of the same shape."""
     module, device = layer.module, layer.x.device
     steps = {"static": _static_step(layer)}
-    steps |= {name: layer.step(name) for name in implementations(device) if layer.can_try(name)}
-    if not layer.training and layer.can_try("folded"):
-        folded = copy.deepcopy(module, {id(module.warehouses): module.warehouses})
-        folded.fold(HALF.get(precision))
-        steps["folded"] = step(folded, layer.x, layer.y, {}, training=False)
+    steps |= {name: layer.step(name) for name in NAMES if layer.can_try(name)}
+    if not layer.training and module.attention.is_linear():
+        merged = copy.deepcopy(module)
+        merged.merge(HALF.get(precision))
+        steps["merged"] = step(merged, layer.x, layer.y, {}, training=False)
     with arithmetic(precision), autocast(precision, device):
         seconds = measure(steps, rounds, device)
     layer.seconds = {name: statistics.median(values) for name, values in seconds.items()}
@@ -51,10 +50,15 @@ def _static_step(layer: Layer) -> Callable[[], Results]:
     return step(forward, layer.x, layer.y, {"the kernel": [weight]}, layer.training)
 
 
+def positions_of(layer: Layer) -> int:
+    """Output positions of one sample."""
+    return layer.y[0].numel() // layer.module.partition.kernel[0]
+
+
 def table(layers: Sequence[Layer]) -> str:
     """A row of milliseconds for each layer, what "auto" takes of them, and sums over the network."""
-    forced = implementations(layers[0].x.device)
-    timed = ("static", *forced, "folded")
+    forced = [name for name in NAMES if any(name in layer.seconds for layer in layers)]
+    timed = ("static", *forced, "merged")
     width = max(len("all layers"), *(len(layer.name) for layer in layers))
     sizes = {"count": 5, "batch": 5, "P": 6, "kernel": 16, "cell": 11, "n": 5}
     columns = {"layer": width, **sizes, **dict.fromkeys(timed, 9), "auto": 9, "auto / best": 11}
@@ -62,7 +66,7 @@ def table(layers: Sequence[Layer]) -> str:
     for layer in layers:
         partition = layer.module.partition
         shapes = ("×".join(map(str, shape)) for shape in (partition.kernel, partition.cell))
-        sizes = (layer.count, len(layer.x), layer.positions, *shapes, len(layer.module.cells))
+        sizes = (layer.count, len(layer.x), positions_of(layer), *shapes, len(layer.module.cells))
         auto, best = _auto_and_best(layer)
         rows.append([layer.name, *map(str, sizes), *(_milliseconds(layer.seconds.get(name)) for name in timed)])
         rows[-1] += [layer.estimated(), "–" if auto is None else f"{auto / best:.2f}"]
@@ -97,7 +101,7 @@ def record(layer: Layer) -> dict[str, Any]:
         "layer": layer.name,
         "count": layer.count,
         "batch": len(layer.x),
-        "positions": layer.positions,
+        "positions": positions_of(layer),
         "kernel": partition.kernel,
         "cell": partition.cell,
         "cells": len(layer.module.cells),

@@ -50,7 +50,7 @@ class Contender:
         update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
         net = net.to(device, memory_format=LAYOUTS[self.layout])
         if self.implementation:
-            set_implementation(net, self.implementation)
+            set_implementation(net, self.implementation, otherwise="auto")
         if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
             for name in sharing(net):
                 cells = net.get_parameter(name)

@@ -20,7 +20,7 @@ def check_parity(net: nn.Module, x: Tensor, implementations: Sequence[str] = ("a
 
     def results(implementation: str, x: Tensor) -> list[Tensor | None]:
         torch.manual_seed(0)  # drop path draws the same
-        set_implementation(net, implementation)
+        set_implementation(net, implementation, otherwise="auto")
         y = net(x)
         return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()), allow_unused=True)]
 

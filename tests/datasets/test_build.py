@@ -6,8 +6,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import build_dataset, build_datasets
+from kernelwarehouse.models import read_config
 
 
 def config(path="", **fields):

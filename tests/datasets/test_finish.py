@@ -7,7 +7,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms as T
 
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import (
     Digits,
     Erasable,
@@ -20,6 +19,7 @@ from kernelwarehouse.datasets import (
     viewable,
 )
 from kernelwarehouse.engine import World, evaluate_run, train_run
+from kernelwarehouse.models import read_config
 
 PHOTOGRAPHS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 PLAIN = {"model": "resnet18", "data_set": "IMNET", "nb_classes": 2, "aa": None, "color_jitter": 0, "device": "cpu"}

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import UNLABELLED, DataError, Finish, build_dataset, build_train_loader
 from kernelwarehouse.datasets.photographs import decode
+from kernelwarehouse.models import read_config
 
 DAMAGED = ("cat/1.jpg", "cat/2.jpg", "dog/4.jpg")
 

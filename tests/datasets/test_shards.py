@@ -7,8 +7,8 @@ import webdataset
 from PIL import Image
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import ClassFolders, Finish, Shards, build_dataset, build_train_loader, write_shards
+from kernelwarehouse.models import read_config
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from timm.utils import random_seed
 from torchvision import transforms as T
 
 from kernelwarehouse.configs.schema import ConfigError
-from kernelwarehouse.models import read_config
 from kernelwarehouse.datasets import Digits, Finish, build_dataset, eval_transform, train_transform, transforms
 from kernelwarehouse.datasets.finish import statistics
+from kernelwarehouse.models import read_config
 
 DRAWS = 10_000
 MARK = 99.0

@@ -57,7 +57,6 @@ def test_a_compiled_extension_wins(compiled, monkeypatch):
     assert isinstance(find_spec("mmcv._ext").loader, BridgeFinder)
 
 
-@pytest.mark.slow
 def test_mmcv_runs_the_compiled_extension(compiled):
     code = (
         f"import sys, mmcv; mmcv.__path__.append({str(compiled)!r})\n"

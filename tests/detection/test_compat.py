@@ -71,7 +71,6 @@ def test_the_installed_versions_suit():
     assert mmcv.__version__ in compat.SpecifierSet(compat.VERSIONS["mmcv"])
 
 
-@pytest.mark.slow
 def test_without_mmdetection_only_the_detection_package_is_refused():
     code = (
         "import sys\n"

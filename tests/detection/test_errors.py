@@ -171,7 +171,6 @@ def test_words_that_are_no_options(tiny_config, capsys):
     assert "argument --cfg-options: expected KEY=VALUE, found 'max_epochs'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_command_ends_without_a_traceback(tmp_path):
     command = [sys.executable, str(ROOT / "detection" / "test.py"), "absent.py", "absent.pth"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -11,7 +11,6 @@ def run(*arguments, cwd):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.slow
 def test_a_configuration_that_imports_it_is_enough_where_mmdet_comes_later(tmp_path):
     (tmp_path / "config.py").write_text(
         'custom_imports = dict(imports=["kernelwarehouse.detection"])\n'
@@ -25,7 +24,6 @@ def test_a_configuration_that_imports_it_is_enough_where_mmdet_comes_later(tmp_p
     assert result.stdout.strip().endswith("(64, 128, 256, 512)"), result.stderr
 
 
-@pytest.mark.slow
 def test_the_package_as_a_command_runs_scripts(tmp_path):
     (tmp_path / "script.py").write_text("import sys, mmcv.ops, mmdet.models; print(sys.argv[1:], __name__)\n")
     result = run("-m", "kernelwarehouse.detection", "script.py", "--option", cwd=tmp_path)
@@ -38,12 +36,3 @@ def test_a_tool_that_is_not_there(monkeypatch):
         SystemExit, match=r"error: tools/trian\.py: no such script, and mmdetection installs no such tool"
     ):
         runpy.run_module("kernelwarehouse.detection", run_name="__main__")
-
-
-@pytest.mark.slow
-def test_the_rest_of_the_project_imports_without_mmdetection(tmp_path):
-    code = (
-        "import sys; sys.modules.update(mmdet=None, mmengine=None, mmcv=None); "
-        "import kernelwarehouse, kernelwarehouse.engine"
-    )
-    assert run("-c", code, cwd=tmp_path).returncode == 0

@@ -9,9 +9,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from kernelwarehouse.models import read_config
 from kernelwarehouse.detection import test, train
-from kernelwarehouse.models import build_model, read_checkpoint
+from kernelwarehouse.models import build_model, read_checkpoint, read_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"quickstart": "kw1x_resnet18", "quickstart_static": "resnet18"}
@@ -52,7 +51,6 @@ def test_the_twins_differ_in_their_backbones_alone():
     assert converted == static
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains_from_a_classifier_and_evaluates_on_held_out_scenes(name, scenes, classifiers, tmp_path, capsys):
     paths = [str(config_file(name)), "--work-dir", str(tmp_path / "run"), "--data-root", str(scenes)]

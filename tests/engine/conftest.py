@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-from kernelwarehouse.models import read_config
 from kernelwarehouse.engine import World
 from kernelwarehouse.engine.keeper import Keeper
 from kernelwarehouse.engine.log import Progress
 from kernelwarehouse.engine.signals import Notice
 from kernelwarehouse.engine.train import train_epoch
+from kernelwarehouse.models import read_config
 
 TINY = {
     "model": "resnet18",

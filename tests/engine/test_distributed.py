@@ -45,7 +45,6 @@ def launch(launcher, processes, config, tmp_path):
     return done.stdout, [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_evaluate(tiny_config, tmp_path):
     config = tiny_config(**CONVERTED, batch_size=64, update_freq=3, epochs=1)
     output, lines = launch(RUN, 2, config, tmp_path)
@@ -56,7 +55,6 @@ def test_two_processes_train_and_evaluate(tiny_config, tmp_path):
     assert not any(name.startswith("module.") for name in state["model"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torch.distributed.launch"), reason="this torch has torchrun only")
 def test_one_process_under_the_old_launcher(tiny_config, tmp_path):
     _, lines = launch(

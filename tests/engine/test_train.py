@@ -215,7 +215,6 @@ def test_channels_last_reaches_kernels_and_images_and_changes_nothing_but_roundi
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
-@pytest.mark.slow
 def test_a_compiled_training_learns_the_same(tiny_config, cpu, train_one_epoch, loader):
     images, targets = images_and_targets()
     first = linear_net()

@@ -11,8 +11,9 @@ from kernelwarehouse.engine.checkpoint import read_state
 from kernelwarehouse.engine.tuning import tune_for
 from kernelwarehouse.models import build_model
 from kernelwarehouse.models import tuning as models_tuning
+from kernelwarehouse.models.ops import selection
 from kernelwarehouse.models.ops.kernel_warehouse import layer
-from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
+from kernelwarehouse.models.ops.selection import forget, remembered
 
 pytestmark = pytest.mark.usefixtures("untuned")
 
@@ -35,42 +36,43 @@ def fastest(monkeypatch):
 def test_a_training_tunes_both_modes_keeps_what_it_found_and_continues_with_it(
     tiny_config, cpu, tmp_path, capsys, fastest
 ):
-    fastest("streamed")
+    fastest("mix_inputs")
     fields = CONVERTED | {"output_dir": str(tmp_path)}
     train_run(tiny_config(**fields), cpu)
     said = capsys.readouterr().out
     for what in ("training", "evaluation"):
         assert re.search(
-            rf"tuned for {what} in \d+ s: 0 of 10 layers are computed as estimated, others by streamed 10; "
+            rf"tuned for {what} in \d+ s: 0 of 10 layers are computed as estimated, others by mix_inputs 10; "
             r"5,000\.0 instead of 10,000\.0 ms",
             said,
         )
     kept = read_state(tmp_path / "checkpoint-0.pth")["tuned"]
     assert kept == remembered()
-    assert {*kept.values()} == {"streamed"}
+    assert {*kept.values()} == {"mix_inputs"}
     forget()
-    fastest("kernels")  # by now, but a training goes on as it began
+    fastest("materialize")  # by now, but a training goes on as it began
     train_run(tiny_config(**fields | {"epochs": 2}), cpu)
-    assert capsys.readouterr().out.count("0 of 10 layers are computed as estimated, others by streamed 10\n") == 2
+    assert capsys.readouterr().out.count("0 of 10 layers are computed as estimated, others by mix_inputs 10\n") == 2
     assert remembered() == kept
 
 
 def test_all_full_batches_are_computed_by_what_was_taken(tiny_config, cpu, monkeypatch, fastest):
-    fastest("streamed")
-    found, look, fit = [], layer.tuned, run.fit
+    fastest("mix_inputs")
+    found, look, fit = [], layer.select, run.fit
 
-    def noted(call):
-        found.append(look(call))
-        return found[-1]
+    def noted(*args):
+        chosen = look(*args)
+        found.append(chosen.name if selection.measured(args[0]) else None)
+        return chosen
 
     def after_measuring(*args):
         found.clear()
         fit(*args)
 
-    monkeypatch.setattr(layer, "tuned", noted)
+    monkeypatch.setattr(layer, "select", noted)
     monkeypatch.setattr(run, "fit", after_measuring)
     train_run(tiny_config(**CONVERTED), cpu)
-    assert found == ["streamed"] * 10 * (5 + 1) + [None] * 10  # of evaluation's two batches the second is smaller
+    assert found == ["mix_inputs"] * 10 * (5 + 1) + [None] * 10  # of evaluation's two batches the second is smaller
 
 
 def test_measuring_changes_nothing_else(tiny_config, cpu, fastest):
@@ -98,12 +100,12 @@ def test_an_evaluation_tunes_each_size(tiny_config, cpu, tmp_path, capsys, faste
 def test_all_processes_take_what_the_first_one_found(tiny_config, capsys, fastest):
     class Second(World):
         def gather(self, value):
-            return [dict.fromkeys(value, "inputs"), value]
+            return [dict.fromkeys(value, "materialize"), value]
 
-    fastest("streamed")
+    fastest("mix_inputs")
     config = tiny_config(**CONVERTED)
     tune_for(build_model(config.model), config, Second(torch.device("cpu"), 1, 2), training=True)
-    assert {*remembered().values()} == {"inputs"}
+    assert {*remembered().values()} == {"materialize"}
     assert capsys.readouterr().out == ""
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from kernelwarehouse import KWConfig, build_model, convert_, plan_conversion, set_temperature
 from kernelwarehouse.models import plans, sharing
-from kernelwarehouse.models.sites import find_family
+from kernelwarehouse.models.families import find_family
 from kernelwarehouse.models.ops.kernel_warehouse import KWConv1d, KWConv3d, KWLayer, KWLinear
 from kernelwarehouse.models.ops.kernel_warehouse.layers import KWConvNd
 

@@ -23,7 +23,7 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("implementation", ["auto", "grouped", "kernels", "streamed", "inputs"])
+@pytest.mark.parametrize("implementation", ["auto", "grouped", "materialize", "mix_inputs", "reassociated"])
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 def test_a_step_never_waits_for_the_host(implementation, train):
     """On the meta device, that has no numbers: reading one, as by item(), is an error there."""

@@ -43,6 +43,17 @@ def test_torch_export(net):
     check(net, program.module())
 
 
+def test_torch_export_for_images_of_any_size(net):
+    """No choice by the size of an input is traced into the graph."""
+    batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
+    shapes = ({0: batch, 2: 32 * height, 3: 32 * width},)
+    program = torch.export.export(net, (images(3, 96),), dynamic_shapes=shapes)
+    for batch, side in ((2, 64), (3, 160), (5, 96)):
+        x = images(batch, side)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), net(x), rtol=1e-3, atol=1e-3 * net(x).abs().max().item())
+
+
 def test_trace(net):
     traced = torch.jit.trace(net, images(3), check_trace=False)
     check(net, traced)

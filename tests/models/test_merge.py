@@ -7,9 +7,7 @@ from torch import nn
 
 from kernelwarehouse import build_model, merge_, set_temperature
 from kernelwarehouse.models import sharing
-from kernelwarehouse.models.ops.kernel_warehouse import KWLayer, folded, streamed
-
-MERGEABLE = [name for name in LAYERS if name not in ("depthwise", "whole-kernel-cells")]
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
 
 
 def randomise(net):
@@ -20,27 +18,23 @@ def randomise(net):
     return net.eval()
 
 
-@pytest.mark.parametrize("tile", [1, 1 << 20])
-@pytest.mark.parametrize("way", ["with a gradient", "streamed", "native"])
-@pytest.mark.parametrize("case", MERGEABLE)
-def test_parity(monkeypatch, case, way, tile):
-    if way == "streamed":
-        monkeypatch.setattr(folded, "mixes_natively", lambda *_: False)
-    monkeypatch.setitem(streamed._TILE_BYTES, "cpu", tile)
-    monkeypatch.setattr(streamed, "_TILE_CHANNELS", 1)
+@pytest.mark.parametrize("way", ["with a gradient", "materialize", "auto"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_parity(case, way):
     layer, x = make(case)
     layer.eval()
     expected, kernels = layer(x), None if case.startswith("linear") else layer.kernels(x)
     layer.merge()
+    layer.implementation = "materialize" if way == "materialize" else "auto"
     with torch.set_grad_enabled(way == "with a gradient"):
         torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     if kernels is not None:
         torch.testing.assert_close(layer.kernels(x), kernels, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", ["depthwise", "whole-kernel-cells"])
-def test_what_cannot_be_streamed_cannot_be_folded(case):
-    layer, _ = make(case)
+def test_a_watched_attention_cannot_be_merged():
+    layer, _ = make("conv2d")
+    layer.attention.fc2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="cannot be merged"):
         layer.eval().merge()
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from kernelwarehouse import KWConfig
-from kernelwarehouse.models import convert_, merge_, plan_conversion, set_implementation
+from kernelwarehouse.models import convert_, plan_conversion, set_implementation
 from kernelwarehouse.models import tuning as module
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer
-from kernelwarehouse.models.ops.kernel_warehouse.tuned import forget, remembered
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
+from kernelwarehouse.models.ops.mixture_conv import IMPLEMENTATIONS
+from kernelwarehouse.models.ops.selection import forget, remembered
 from kernelwarehouse.models.tuning import recall, tune
 
 pytestmark = pytest.mark.usefixtures("untuned")
@@ -47,24 +48,23 @@ def ran(monkeypatch):
     """The implementations that were run, in order."""
     seen = []
 
-    def spied(name, function):
-        def run(*args):
-            seen.append(name)
-            return function(*args)
+    for name, implementation in IMPLEMENTATIONS.items():
+        call = type(implementation).__call__
 
-        return run
+        def run(*args, _name=name, _call=call, _self=implementation):
+            seen.append(_name)
+            return _call(_self, *args)
 
-    for name, function in IMPLEMENTATIONS.items():
-        monkeypatch.setitem(IMPLEMENTATIONS, name, spied(name, function))
+        monkeypatch.setattr(type(implementation), "__call__", lambda _, *args, _run=run: _run(*args))
     return seen
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_fastest_is_taken_for_what_it_was_measured_with(network, x, clock, ran, training):
-    clock("streamed")
+    clock("mix_inputs")
     network.train(training)
     layers = tune(network, x, training=training)
-    assert {layer.taken for layer in layers} == {"streamed"}
+    assert {layer.taken for layer in layers} == {"mix_inputs"}
     assert sum(layer.count for layer in layers) == sum(isinstance(m, KWLayer) for m in network.modules())
 
     def runs(images, training=training, precision=None):
@@ -74,7 +74,7 @@ def test_the_fastest_is_taken_for_what_it_was_measured_with(network, x, clock, r
         return ran
 
     total = sum(layer.count for layer in layers)
-    assert runs(x) == ["streamed"] * total
+    assert runs(x) == ["mix_inputs"] * total
     others = [
         runs(x[:2]).copy(),
         runs(x.repeat(1, 1, 1, 2)).copy(),
@@ -88,11 +88,11 @@ def test_the_fastest_is_taken_for_what_it_was_measured_with(network, x, clock, r
         runs(x, not training).copy(),
         runs(x, precision=torch.bfloat16).copy(),
     ]
-    assert all(other.count("streamed") < total for other in others)
+    assert all(other.count("mix_inputs") < total for other in others)
 
 
 def test_gradients_that_training_does_not_take_are_not_timed(network, x, clock, ran):
-    clock("streamed")
+    clock("mix_inputs")
     first = network.layer1[0]
     for frozen in (network.conv1, network.bn1, first.conv1, first.bn1):  # all before the first converted layer
         frozen.requires_grad_(False)
@@ -100,21 +100,21 @@ def test_gradients_that_training_does_not_take_are_not_timed(network, x, clock, 
     assert [layer.name for layer in layers if not layer.x.requires_grad] == ["layer1.0.conv2"]
     ran.clear()
     network(x)
-    assert set(ran) == {"streamed"}
+    assert set(ran) == {"mix_inputs"}
 
 
 def test_a_forced_implementation_stays(network, x, clock, ran):
-    clock("streamed")
+    clock("mix_inputs")
     tune(network, x, training=False)
-    set_implementation(network, "kernels")
+    set_implementation(network, "materialize")
     ran.clear()
     with torch.no_grad():
         network(x)
-    assert set(ran) == {"kernels"}
+    assert set(ran) == {"materialize"}
 
 
 def test_a_compiled_network_is_not_tuned(network, x, clock):
-    clock("naive")
+    clock("reference")
     tune(network.eval(), x, training=False)
     with torch.no_grad():
         expected = network(x)
@@ -163,7 +163,7 @@ def test_every_implementation_is_timed_and_the_results_stay(network, x, training
     bound = 1e-4 if precision is None else 0.1
     assert (after - before).norm() <= bound * before.norm()
     for layer in layers:
-        tried = {"grouped", "kernels", "streamed", "inputs", "chained", "native"} - {layer.estimated()}
+        tried = {"grouped", "materialize", "mix_inputs", "reassociated", "cpp"} - {layer.estimated()}
         assert {*layer.seconds} == {"auto", *(name for name in tried if layer.can_try(name))}
         assert layer.taken == "auto" or layer.seconds[layer.taken] < layer.seconds["auto"]
 
@@ -172,12 +172,12 @@ def test_every_implementation_is_timed_and_the_results_stay(network, x, training
 def test_a_wrong_implementation_is_left_out_with_a_warning(network, x, clock, monkeypatch, training):
     """Here its output is right, and the gradient of the cells is not."""
     clock("grouped")
-    right = IMPLEMENTATIONS["grouped"]
+    right = type(IMPLEMENTATIONS["grouped"]).__call__
 
-    def wrong(alpha, cells, x, *args):
-        return right(alpha, cells + 0.5 * (cells - cells.detach()), x, *args)
+    def wrong(self, x, alpha, bank, *args):
+        return right(self, x, alpha, bank + 0.5 * (bank - bank.detach()), *args)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "grouped", wrong)
+    monkeypatch.setattr(type(IMPLEMENTATIONS["grouped"]), "__call__", wrong)
     if not training:
         assert {layer.taken for layer in tune(network, x, training=False)} == {"grouped"}
         return
@@ -187,13 +187,13 @@ def test_a_wrong_implementation_is_left_out_with_a_warning(network, x, clock, mo
 
 
 def test_one_that_fails_is_left_out_with_a_warning(network, x, clock, monkeypatch):
-    clock("streamed")
+    clock("mix_inputs")
 
     def fail(*_):
         raise RuntimeError("no kernel image is available\nfor this device")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "streamed", fail)
-    with pytest.warns(UserWarning, match="'streamed' is left out: RuntimeError: no kernel image is available$"):
+    monkeypatch.setattr(type(IMPLEMENTATIONS["mix_inputs"]), "__call__", fail)
+    with pytest.warns(UserWarning, match="'mix_inputs' is left out: RuntimeError: no kernel image is available$"):
         layers = tune(network, x, training=False)
     assert {layer.taken for layer in layers} == {"auto"}
 
@@ -201,27 +201,29 @@ def test_one_that_fails_is_left_out_with_a_warning(network, x, clock, monkeypatc
 def test_what_would_write_too_much_is_not_tried(network, x, monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 0)
     for layer in tune(network, x, training=False, rounds=1):
-        assert not {"grouped", "kernels", "inputs", "chained"} & {*layer.seconds}
+        assert not {"grouped", "materialize", "mix_inputs", "reassociated"} & {*layer.seconds}
 
 
 def test_what_is_known_is_not_timed_again(network, x, clock):
-    clock("streamed")
+    clock("mix_inputs")
     assert all(layer.seconds for layer in tune(network, x, training=False))
     known = remembered()
     again = tune(network, x, training=False)
     assert not any(layer.seconds for layer in again)
-    assert {layer.taken for layer in again} == {"streamed"}
+    assert {layer.taken for layer in again} == {"mix_inputs"}
     forget()
-    recall({**known, "a call of another version": "an implementation of another version"})
-    assert remembered() == known
+    recall({**known, "a case of another version": "an implementation of another version"})
+    assert {layer.taken for layer in tune(network, x, training=False)} == {"mix_inputs"}
 
 
-def test_there_must_be_something_to_tune(network, x):
+def test_a_merged_network_is_tuned_too(network, x, clock):
+    clock("materialize")
+    for layer in network.eval().modules():
+        if isinstance(layer, KWLayer):
+            layer.merge()
+    assert {layer.taken for layer in tune(network, x, training=False)} == {"materialize"}
+
+
+def test_there_must_be_something_to_tune(x):
     with pytest.raises(ValueError, match="no converted layer"):
         tune(nn.Conv2d(3, 3, 1), x, training=False)
-    folded = merge_(network.eval(), x)
-    for layer in [m for m in folded.modules() if isinstance(m, KWLayer)]:
-        if layer.products is None:
-            layer.merge()
-    with pytest.raises(ValueError, match="no converted layer"):
-        tune(folded, x, training=False)

@@ -10,8 +10,7 @@ from fill import fill, images
 
 from kernelwarehouse import build_model, load_checkpoint, plans, set_temperature
 from kernelwarehouse.configs.schema import find_config
-from kernelwarehouse.models import read_config
-from kernelwarehouse.models import to_upstream
+from kernelwarehouse.models import read_config, to_upstream
 
 DATA = Path(__file__).parent.parent / "data"
 MODELS = json.loads((DATA / "upstream_models.json").read_text())

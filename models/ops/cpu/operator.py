@@ -5,9 +5,7 @@ from collections.abc import Callable
 import torch
 
 
-def operator(
-    name: str, fake: Callable, cuda: Callable | None = None
-) -> Callable[[Callable], torch._ops.OpOverload]:
+def operator(name: str, fake: Callable, cuda: Callable | None = None) -> Callable[[Callable], torch._ops.OpOverload]:
     """Make a function the operator `kernelwarehouse::name` for a CPU.
 
     A call costs half of one by `torch.library.custom_op`, since autograd does not look at it: it belongs into the

@@ -148,7 +148,7 @@ class Attention(Watched):
             return coefficients(self.logits(hidden), self.assignment, temperature)
         return COEFFICIENTS.apply(None, hidden.to(fc2.weight.dtype), fc2.weight, fc2.bias, self.assignment, temperature)
 
-    def _fixed(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
+    def _fixed(self, x: Tensor) -> tuple[Any, ...] | None:
         """What one operator in C++ takes of the parts, if they are as they were made, in evaluation, and it can run."""
         fc1, norm, fc2 = self.fc1, self.norm, self.fc2
         if self.num_basis or norm.training or not (is_untouched(fc1) and is_untouched(norm) and is_untouched(fc2)):

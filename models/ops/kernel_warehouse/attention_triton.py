@@ -4,6 +4,8 @@ Logits are computed twice, once for their sum and once for α, and never written
 their gradients, which products with the hidden vector and the weights follow, are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +42,7 @@ def gradients(
     return received @ weight, received.mT @ hidden, received.sum(0)
 
 
-def _launch(kernel: triton.JITFunction, hidden: Tensor, sizes: tuple[int, int], tensors: tuple[Tensor, ...]) -> None:
+def _launch(kernel: triton.JITFunction, hidden: Tensor, sizes: Sequence[int], tensors: tuple[Tensor, ...]) -> None:
     """Run a kernel for every mixture and some samples at a time."""
     (batch, width), (mixtures, cells) = hidden.shape, sizes
     block_b = 16 if batch <= 16 else 32

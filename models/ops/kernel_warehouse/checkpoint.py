@@ -1,4 +1,4 @@
-"""KernelWarehouse's weights under the names and in the layouts of its authors' code, and of older versions of this one."""
+"""KernelWarehouse's weights as its authors' code names and lays them out, and as older versions of this one did."""
 
 from torch import Tensor, nn
 

@@ -91,7 +91,7 @@ class _Attention(Function):
     name = "cpp"
     fast = True
 
-    def compute(self, arguments: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def compute(self, arguments: float, x: Tensor, *parameters: Any) -> Tensor:
         weight1, bias1, mean, variance, scale, shift, weight2, bias2, assignment, temperature = parameters
         hidden = torch.nn.functional.linear(x.flatten(2).mean(dim=2), weight1, bias1)
         if mean is None:
@@ -100,7 +100,7 @@ class _Attention(Function):
             hidden = torch.nn.functional.batch_norm(hidden, mean, variance, scale, shift, False, 0.0, arguments)
         return COEFFICIENTS.compute(None, hidden.relu(), weight2, bias2, assignment, temperature)
 
-    def forward(self, arguments: float, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(self, arguments: float, x: Tensor, *parameters: Any) -> Tensor:
         return attention_operator(x, parameters, arguments)
 
 
@@ -187,7 +187,7 @@ def _hidden_sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]
     return _sizes((len(hidden), 1), True, hidden.shape[1], *alpha.shape[1:])
 
 
-def _empty_result(x: Tensor, parameters: Sequence[Tensor | None], _norm_eps: float) -> Tensor:
+def _empty_result(x: Tensor, parameters: Sequence[Any], _norm_eps: float) -> Tensor:
     return x.new_empty(x.shape[0], *parameters[8].shape)
 
 
@@ -195,6 +195,10 @@ def _empty_result(x: Tensor, parameters: Sequence[Tensor | None], _norm_eps: flo
 def attention_operator(x: Tensor, parameters: Sequence[Tensor | None], norm_eps: float) -> Tensor:
     """α (B, m, n), of what `_Attention` says."""
     weight1, *_, weight2, bias2, assignment, _ = parameters
+    assert weight1 is not None
+    assert weight2 is not None
+    assert bias2 is not None
+    assert assignment is not None
     if weight1.shape[1] != x.shape[1]:
         raise ValueError(f"an attention for {weight1.shape[1]} channels got {x.shape[1]}")
     _check_logits(weight2, bias2, len(weight1), assignment)

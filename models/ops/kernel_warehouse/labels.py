@@ -1,7 +1,7 @@
 """Which layers share a warehouse: the tables of upstream and its paper, and a rule for every other network.
 
-A label reads ``stage{s}_layer{l}_{role}{i}``; layers whose labels agree after the sharing range has dropped numbers share
-a warehouse. Labels come in the order in which upstream constructs the layers, which numbers the warehouses.
+A label reads ``stage{s}_layer{l}_{role}{i}``; layers whose labels agree after the sharing range has dropped numbers
+share a warehouse. Labels come in the order in which upstream constructs the layers, which numbers the warehouses.
 """
 
 import math
@@ -53,8 +53,8 @@ def _label_resnet(sites: Sites) -> Labels:
     for site in sorted(blocks, key=lambda site: (int(site.stage), int(site.block), number(site))):
         stage, conv = int(site.stage), number(site)
         if (site.stage, site.block) in handing_over and conv <= 1:
-            handed = stage - 1 in depth
-            before = f"stage{stage - 2}_layer{depth[stage - 1]}" if handed else f"stem_layer{site.block}"
+            # All of the stage before may have been converted by another operator.
+            before = f"stage{stage - 2}_layer{depth.get(stage - 1, 0)}" if stage > 1 else f"stem_layer{site.block}"
             labels.append((site, f"{before}_conv{conv}"))
         else:
             role = "conv" if site.groups == 1 else "gconv"

@@ -151,8 +151,8 @@ class KWLayer(DynamicLayer):
             return merged_coefficients(self.attention, x.flatten(2).mean(dim=2)), self.merged_bank
         if isinstance(chosen, Reassociated):
             pooled = x.flatten(2).mean(dim=2)
-            return reassociate(self.attention, self.cells, pooled, self.temperature.value, self.partition)
-        return self.attention(x, self.temperature.value, "torch" if exporting() else chosen.operators), self.cells
+            return reassociate(self.attention, self.cells, pooled, self.tau, self.partition)
+        return self.attention(x, self.tau, "torch" if exporting() else chosen.operators), self.cells
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
@@ -161,6 +161,7 @@ class KWLayer(DynamicLayer):
     @property
     def merged_bank(self) -> Tensor:
         """The bank (r + 1, *kernel) of a merged layer."""
+        assert self.products is not None
         return self.products.movedim(-1, 2).transpose(0, 1)
 
     def merge_saving(self, shape: Sequence[int]) -> float:
@@ -192,7 +193,7 @@ class KWLayer(DynamicLayer):
         Raises:
             ValueError: A layer in training mode, at a temperature, or whose attention was changed or is watched.
         """
-        if self.training or self.temperature.value.item() != 0:
+        if self.training or self.tau.item() != 0:
             raise ValueError("only a trained layer can be merged: in evaluation mode, at temperature 0")
         if not self.attention.is_linear():
             raise ValueError("an attention whose logits come from other layers than its own cannot be merged")

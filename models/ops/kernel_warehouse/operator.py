@@ -72,7 +72,7 @@ class KernelWarehouse(Operator):
         """The warehouses."""
         return {w.name: Warehouse(w.shape, device, dtype) for w in plan.warehouses}
 
-    def layer(self, layer: KWLayerPlan, old: nn.Module, shared: Mapping[str, Warehouse], plan: KWPlan) -> KWLayer:
+    def layer(self, layer: KWLayerPlan, old: Any, shared: Mapping[str, Warehouse], plan: KWPlan) -> KWLayer:
         """One layer, with its own cells initialised."""
         share = {
             "bias": old.bias is not None,
@@ -93,18 +93,15 @@ class KernelWarehouse(Operator):
 
     def check_static(self, plan: KWPlan) -> None:
         """Below a budget of 1 there are fewer cells than parts of kernels."""
-        short = [
-            w.name
-            for w in plan.warehouses
-            if w.cells < sum(la.mixtures for la in plan.layers if la.warehouse == w.name)
-        ]
+        parts = {w.name: sum(la.mixtures for la in plan.layers if la.warehouse == w.name) for w in plan.warehouses}
+        short = [w.name for w in plan.warehouses if w.cells < parts[w.name]]
         if short:
             raise ValueError(
                 f"a static network's weights cannot be kept with fewer cells than the kernels have parts, as in "
-                f"{', '.join(short)}: take a cell_num_ratio of 1 or more, or pass keep_weights=False to start from scratch"
+                f"{', '.join(short)}: take a cell_num_ratio of 1 or more, or start from scratch (keep_weights=False)"
             )
 
-    def load_static(self, layers: Mapping[str, KWLayer], olds: Mapping[str, nn.Module], plan: KWPlan) -> Report:
+    def load_static(self, layers: Mapping[str, KWLayer], olds: Mapping[str, Any], plan: KWPlan) -> Report:
         """Put the static kernels into the assigned cells and let the attention hold the assignment.
 
         The network then computes what it did before (to a relative 1e-3 per layer at temperatures above 0).
@@ -118,16 +115,13 @@ class KernelWarehouse(Operator):
         """Upstream's names, and those of older checkpoints of ours."""
         return KWTranslation(net, plan)
 
-    def check_merge(
-        self, layers: Mapping[str, KWLayer], *, dtype: torch.dtype | None = None, max_bytes: int | None = None
-    ) -> None:
+    def check_merge(self, layers: Mapping[str, KWLayer], **options: Any) -> None:
         """As `Operator.check_merge`."""
-        del dtype, max_bytes
+        if unknown := options.keys() - {"dtype", "max_bytes"}:
+            raise ValueError(f"merging knows no option {unknown.pop()!r}; there are dtype and max_bytes")
         for name, layer in layers.items():
             if not layer.attention.is_linear():
-                raise ValueError(
-                    f"{name}: an attention whose logits come from other layers than torch's Linear cannot be merged"
-                )
+                raise ValueError(f"{name}: logits that come from other layers than torch's Linear cannot be merged")
 
     def merge_(self, layers: Mapping[str, KWLayer], x_shapes: Mapping[str, Sequence[int]], **options: Any) -> list[str]:
         """Attention and cells multiplied once and for all; see `merge.py` for the options."""

@@ -3,33 +3,30 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ...plan import ConversionPlan, LayerPlan, restored, shape_text
-from .attention import parameter_count
 from .partition import Partition
 
 
 @dataclass(frozen=True)
 class KWLayerPlan(LayerPlan):
-    """One converted layer; its kernel has k = 1 in each dimension of its warehouse's cells if it is linear.
+    """One converted layer, which shares a warehouse; a linear one has a kernel of k = 1 in each dimension of the cells.
 
     Attributes:
-        warehouse: Name of its warehouse.
         start: First of its own cells in the warehouse.
         own_cells: How many cells are its own.
         mixtures: m, the cells that its kernel is cut into.
     """
 
-    warehouse: str = ""
     start: int = 0
     own_cells: int = 0
     mixtures: int = 0
 
     @property
-    def shares(self) -> tuple[str, ...]:
-        """Its warehouse."""
-        return (self.warehouse,)
+    def warehouse(self) -> str:
+        """Name of its warehouse."""
+        return self.shares[0]
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,10 @@ class KWPlan(ConversionPlan):
         norm: Their normalisation, "batch" or "layer".
     """
 
-    warehouses: tuple[WarehousePlan, ...]
-    reduction: float
-    norm: str
+    layers: tuple[KWLayerPlan, ...]
+    warehouses: tuple[WarehousePlan, ...] = ()
+    reduction: float = 0.0625
+    norm: str = "batch"
 
     layer_type: ClassVar[type[LayerPlan]] = KWLayerPlan
 
@@ -74,34 +72,11 @@ class KWPlan(ConversionPlan):
         """The warehouse called `name`."""
         return next(w for w in self.warehouses if w.name == name)
 
-    @property
-    def parameters_after(self) -> int:
-        """Parameters of the converted network."""
-        count = self.parameters_before + sum(math.prod(w.shape) for w in self.warehouses)
-        for layer in self.layers:
-            warehouse = self.warehouse(layer.warehouse)
-            count -= math.prod(layer.kernel)
-            count += parameter_count(
-                layer.in_channels,
-                warehouse.cells,
-                layer.own_cells,
-                layer.mixtures,
-                self.reduction,
-                self.norm,
-                warehouse.nonlocal_basis_ratio,
-            )
-        return count
-
-    @property
-    def mixing_macs(self) -> int:
-        """Multiply-accumulates of mixing for one image: Σ over layers of m · n · |cell|, for each window."""
-        return sum(la.repeats * math.prod(la.kernel) * self.warehouse(la.warehouse).cells for la in self.layers)
-
     @classmethod
     def restore(cls, fields: Mapping[str, Any]) -> "KWPlan":
         """As `ConversionPlan.restore`."""
         warehouses = tuple(restored(WarehousePlan, warehouse) for warehouse in fields["warehouses"])
-        plan = super().restore({**fields, "warehouses": warehouses})
+        plan = cast("KWPlan", super().restore({**fields, "warehouses": warehouses}))
         for layer in plan.layers:
             if Partition(layer.kernel, plan.warehouse(layer.warehouse).cell).mixtures != layer.mixtures:
                 raise ValueError(f"layer {layer.name} does not have {layer.mixtures} mixtures")

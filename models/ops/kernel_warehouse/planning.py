@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ...sites import Site, Sites
 from ..patterns import check_patterns, first_match, matches
+from .attention import parameter_count
 from .config import KWConfig
 from .labels import TABLES, Table, label_by_structure
 from .partition import Partition, count_cells, share_cells
@@ -25,12 +26,13 @@ def make_plan(sites: Sites, config: KWConfig) -> KWPlan:
         value = getattr(config, field)
         if isinstance(value, tuple) and len(value) != len(groups):
             raise ValueError(f"{field} holds {len(value)} ratios, one for each of {len(groups)}: {', '.join(groups)}")
+    norm = config.norm or (table.norm if table else "batch" if sites.batch_norm else "layer")
     order = {site.name: i for i, site in enumerate(sites)}
     planned: list[KWLayerPlan] = []
     warehouses = []
     for index, (warehouse, members) in enumerate(groups.items()):
         members = sorted(members, key=lambda site: order[site.name])
-        plan, own = _plan_warehouse(warehouse, members, config, index, table.linear_dims if table else 1)
+        plan, own = _plan_warehouse(warehouse, members, config, index, table.linear_dims if table else 1, norm)
         warehouses.append(plan)
         planned += own
     return KWPlan(
@@ -41,7 +43,8 @@ def make_plan(sites: Sites, config: KWConfig) -> KWPlan:
         left=left,
         warehouses=tuple(warehouses),
         reduction=config.reduction,
-        norm=config.norm or (table.norm if table else "batch" if sites.batch_norm else "layer"),
+        norm=norm,
+        shared_parameters=sum(math.prod(w.shape) for w in warehouses),
     )
 
 
@@ -52,13 +55,13 @@ def _check_site(site: Site) -> None:
         raise ValueError(f"{site.name} cannot be converted: {site.foreign}; exclude it")
     if site.repeats == 0:
         raise ValueError(
-            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), and "
-            "would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude the layer"
+            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), "
+            "and would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude it"
         )
     if site.repeats is None:
         raise ValueError(
-            f"{site.name} is a linear layer, and whether the first dimension of its input is the batch could not be found "
-            "out: pass example_input"
+            f"{site.name} is a linear layer, and whether the first dimension of its input is the batch could not be "
+            "found out: pass example_input"
         )
 
 
@@ -107,7 +110,7 @@ def _group(
 
 
 def _plan_warehouse(
-    warehouse: str, members: list[Site], config: KWConfig, index: int, linear_dims: int
+    warehouse: str, members: list[Site], config: KWConfig, index: int, linear_dims: int, norm: str
 ) -> tuple[WarehousePlan, list[KWLayerPlan]]:
     dims = {linear_dims if site.kind == "Linear" else len(site.kernel) - 2 for site in members}
     if len(dims) > 1:
@@ -136,21 +139,14 @@ def _plan_warehouse(
             f"{len(members)} layers cannot share: every layer needs one of its own. Ratios from {least:g} work"
         )
     starts = [0, *itertools.accumulate(shares := share_cells(mixtures, cells))]
-    layers = [
-        KWLayerPlan(
-            name=site.name,
-            kind=site.kind,
-            in_channels=site.in_channels,
-            kernel=kernel,
-            repeats=site.repeats or 1,
-            warehouse=warehouse,
-            start=start,
-            own_cells=own,
-            mixtures=count,
-        )
-        for site, kernel, start, own, count in zip(members, kernels, starts, shares, mixtures, strict=False)
-    ]
-    return WarehousePlan(warehouse, cells, cell, config.ratio("nonlocal_basis_ratio", index)), layers
+    basis_ratio = config.ratio("nonlocal_basis_ratio", index)
+    layers = []
+    for site, kernel, start, own, count in zip(members, kernels, starts, shares, mixtures, strict=False):
+        attention = parameter_count(site.in_channels, cells, own, count, config.reduction, norm, basis_ratio)
+        size = math.prod(kernel)
+        decided = {"shares": (warehouse,), "start": start, "own_cells": own, "mixtures": count, "macs": size * cells}
+        layers.append(KWLayerPlan.of(site, kernel=kernel, added=attention - size, **decided))
+    return WarehousePlan(warehouse, cells, cell, basis_ratio), layers
 
 
 def _cell_channels(warehouse: str, field: str, channels: int, ratio: float) -> int:

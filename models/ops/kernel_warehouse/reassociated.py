@@ -29,17 +29,20 @@ class Reassociated(MixtureConv):
     name = NAME
 
     def supports(self, signature: Signature) -> str | None:
+        """As the base class."""
         if not signature.shared:
             return "it is merged"
         return None if signature.hidden else "its logits are not linear in a hidden vector, or a part of it is watched"
 
     def cost(self, signature: Signature) -> float:
+        """As the base class."""
         if signature.device == "cpu":
             return math.inf  # where the C++ mixes as fast
         once = (signature.hidden + 2) * signature.terms * math.prod(signature.partition.kernel) / signature.images[0]
         return once + least_cost(_reassociated(signature))
 
     def workspace(self, signature: Signature) -> int:
+        """As the base class."""
         kernels = signature.images[0] + signature.hidden + 2
         return kernels * math.prod(signature.partition.kernel) * signature.dtype.itemsize
 

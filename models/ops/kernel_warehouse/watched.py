@@ -50,8 +50,9 @@ class AttentionBatchNorm1d(Watched, nn.BatchNorm1d):
     evaluation, and leaves them as they are.
     """
 
-    def forward(self, x):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """(B, hidden) → (B, hidden)."""
+        x = input
         if self.training and len(x) == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)

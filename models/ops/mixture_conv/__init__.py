@@ -1,6 +1,5 @@
 """Convolution with kernels that are mixed for each sample from a bank; README.md has the equation and the layouts."""
 
-
 from torch import Tensor
 
 from ..context import computing_type
@@ -38,8 +37,8 @@ def mixture_conv(
     """y[b] = out_scale[b] · conv(x[b] · in_scale[b], W[b]) + bias with W[b, part] = Σ_r α[b, part, r] · bank[…, r].
 
     The kernel (Cout, Cin/groups, *k) is cut into m equal cells, its parts (see `Partition`). Either all parts share one
-    bank of cells, as in KernelWarehouse; or each part has a bank of its own, and all of them together are n kernels: the
-    experts of DY-Conv and CondConv, of one part, and of ODConv, of one part for each position of the kernel.
+    bank of cells, as in KernelWarehouse; or each part has a bank of its own, and all of them are n kernels: the
+    experts of DY-Conv and CondConv, of one part, and of ODConv, one part for each position of the kernel.
 
     Args:
         x: Images, (B, Cin, *spatial) with one to three spatial dimensions.

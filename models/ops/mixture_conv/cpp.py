@@ -42,7 +42,7 @@ def gradients(
     partition: Partition,
     geometry: Geometry,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of x, α and a shared bank, as far as they are needed; padding must be equal zeros (`Geometry.written_out`)."""
+    """Those of x, α and a shared bank, as needed; padding must be equal zeros (`Geometry.written_out`)."""
     _, padding = geometry.split_padding(x)
     window = window_of(partition.kernel[2:], geometry, padding)
     blocks = by_output_blocks(alpha, partition)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..context import exporting
 from ..cpu import unavailable
 from ..derivatives import Function
 from ..geometry import Geometry
@@ -35,9 +36,11 @@ class MixtureConv(Implementation):
         raise NotImplementedError
 
     def supports(self, signature: Signature) -> str | None:  # noqa: ARG002
+        """As the base class."""
         return None
 
     def cost(self, signature: Signature) -> float:  # noqa: ARG002
+        """As the base class."""
         return math.inf
 
 
@@ -48,6 +51,7 @@ class Reference(MixtureConv):
     operators = "torch"
 
     def __call__(self, x, alpha, bank, partition, geometry):
+        """As the base class."""
         return reference(x, reference_mix(alpha, bank, partition), geometry)
 
 
@@ -58,9 +62,11 @@ class Grouped(MixtureConv):
     operators = "torch"
 
     def __call__(self, x, alpha, bank, partition, geometry):
+        """As the base class."""
         return grouped_conv(x, mix(alpha, bank, partition), geometry)
 
     def workspace(self, signature: Signature) -> int:
+        """As the base class."""
         return _kernels(signature)
 
 
@@ -68,6 +74,7 @@ class _WithFunction(MixtureConv, Function):
     """What keeps its arguments for backward, and nothing that grows with samples × kernel."""
 
     def __call__(self, x, alpha, bank, partition, geometry):
+        """As the base class."""
         return self.apply(Problem(partition, geometry), x, alpha, bank)
 
 
@@ -77,13 +84,16 @@ class Materialize(_WithFunction):
     name = "materialize"
 
     def compute(self, arguments: Problem, x, alpha, bank):
+        """As the base class."""
         y = per_sample_conv_from_geometry(x, mix(alpha, bank, arguments.partition), arguments.geometry)
         return _in_layout_of(x, y)
 
     def cost(self, signature: Signature) -> float:
+        """As the base class."""
         return cost.materialize(signature)
 
     def workspace(self, signature: Signature) -> int:
+        """As the base class."""
         return _kernels(signature)
 
 
@@ -93,17 +103,21 @@ class MixInputs(_WithFunction):
     name = "mix_inputs"
 
     def compute(self, arguments: Problem, x, alpha, bank):
+        """As the base class."""
         return mix_inputs(x, alpha, bank, *arguments)
 
     def supports(self, signature: Signature) -> str | None:
+        """As the base class."""
         if signature.geometry.groups > 1:
             return "it is a grouped convolution"
         return None if signature.shared else "each part has a bank of its own"
 
     def cost(self, signature: Signature) -> float:
+        """As the base class."""
         return cost.mix_inputs(signature)
 
     def workspace(self, signature: Signature) -> int:
+        """As the base class."""
         partition = signature.partition
         mixed = partition.grid[-2] * signature.terms * math.prod(partition.cell[1:]) * signature.positions
         return signature.images[0] * mixed * signature.dtype.itemsize
@@ -116,20 +130,25 @@ class Cpp(_WithFunction):
     fast = True
 
     def __call__(self, x, alpha, bank, partition, geometry):
+        """As the base class."""
         kind = _cpu_type(x.dtype)
         padded, geometry = geometry.written_out(x.to(kind))
         return self.apply(Problem(partition, geometry), padded, alpha.to(kind), bank.to(kind)).to(x.dtype)
 
     def compute(self, arguments: Problem, x, alpha, bank):
+        """As the base class."""
         return _in_layout_of(x, grouped_conv(x, mix(alpha, bank, arguments.partition), arguments.geometry))
 
     def forward(self, arguments: Problem, x, alpha, bank):
+        """As the base class."""
         return cpp.forward(x, alpha, bank, *arguments)
 
     def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank):
+        """As the base class."""
         return cpp.gradients(grad, needs, x, alpha, bank, *arguments)
 
     def supports(self, signature: Signature) -> str | None:
+        """As the base class."""
         if signature.exporting:
             return "a graph for export holds torch's own operators"
         if signature.geometry.groups > 1:
@@ -141,6 +160,7 @@ class Cpp(_WithFunction):
         return unavailable(signature.device, _cpu_type(signature.dtype))
 
     def cost(self, signature: Signature) -> float:
+        """As the base class."""
         return cost.cpp(signature)
 
 
@@ -151,9 +171,11 @@ class Triton(_WithFunction):
     operators = "triton"
 
     def compute(self, arguments: Problem, x, alpha, bank):
+        """As the base class."""
         return triton_conv.triton_conv(x, mix(alpha, bank, arguments.partition), arguments.geometry)
 
     def supports(self, signature: Signature) -> str | None:
+        """As the base class."""
         if signature.exporting:
             return "a graph for export holds torch's own operators"
         if signature.geometry.groups > 1:
@@ -163,6 +185,7 @@ class Triton(_WithFunction):
         return triton_conv.unavailable(signature.device, signature.dtype)
 
     def workspace(self, signature: Signature) -> int:
+        """As the base class."""
         return _kernels(signature)
 
 
@@ -184,6 +207,8 @@ def _kernels(signature: Signature) -> int:
 
 def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """The layers that follow should get what they would from a static one."""
+    if exporting():
+        return y
     if x.stride(1) != 1:
         return y.contiguous()
     return y.movedim(1, -1).contiguous().movedim(-1, 1)

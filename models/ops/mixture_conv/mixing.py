@@ -74,7 +74,7 @@ def by_positions(gradient: Tensor, partition: Partition) -> Tensor:
 
 
 def at_every_position(alpha: Tensor, partition: Partition) -> tuple[Tensor, Partition]:
-    """α, and the partition, for cells that span one position of the kernel: α is repeated within those that span more."""
+    """α and the partition for cells of one position of the kernel: α is repeated within those that span more."""
     *counts, blocks_out, blocks_in = partition.grid
     c = partition.cell[2:]
     alpha = alpha.reshape(len(alpha), *counts, blocks_out * blocks_in, -1)
@@ -104,4 +104,5 @@ def _assemble(mixtures: Tensor, partition: Partition) -> Tensor:
         order += [1 + d, first_size + 2 + d]
     order += [block_in, first_size + 1]
     cout, cin, *k = partition.kernel
-    return mixtures.permute(order).reshape(-1, cout, *k, cin).movedim(-1, 2)
+    last = mixtures.permute(order).reshape(-1, cout, *k, cin)
+    return last.permute(0, 1, 2 + dims, *range(2, 2 + dims))  # movedim(-1, 2), as TorchScript's exporter knows it

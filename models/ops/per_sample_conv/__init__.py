@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..context import exporting
 from ..cpu import unavailable
 from ..geometry import Geometry, Padding, check_operands
 from ..images import add_bias
@@ -89,7 +90,7 @@ def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """A grouped convolution needs its number of groups, and so the batch, to be known when a graph is made."""
     if torch.compiler.is_exporting():
         return "unfold"  # its graph does not grow with the kernel, but TorchScript's exporter refuses Tensor.unfold
-    if torch.jit.is_tracing() or weight.shape[3:].numel() == 1:
+    if exporting() or weight.shape[3:].numel() == 1:
         return "taps"
     return "grouped" if no_depthwise(x, weight, geometry) else "depthwise"
 

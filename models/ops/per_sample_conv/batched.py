@@ -6,6 +6,7 @@ The last two are the same for 1×1 kernels, where they are the better form, and 
 number of groups that depends on the batch.
 """
 
+import functools
 import math
 
 import torch
@@ -38,13 +39,12 @@ def taps_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     size = geometry.output_size(x.shape[2:], kernel_size)
     x = geometry.pad(x)
     kernels = weight.reshape(batch, groups, out_channels // groups, group_channels, -1)
-    y = None
+    terms = []
     for tap, window in enumerate(taps(kernel_size, size, geometry)):
         shifted = x[(slice(None), slice(None), *window)].reshape(batch, groups, group_channels, -1)
         kernel = kernels[..., tap]
-        term = kernel * shifted if group_channels == 1 else torch.matmul(kernel, shifted)
-        y = term if y is None else y + term
-    return y.reshape(batch, out_channels, *size)
+        terms.append(kernel * shifted if group_channels == 1 else torch.matmul(kernel, shifted))
+    return functools.reduce(torch.add, terms).reshape(batch, out_channels, *size)
 
 
 def unfold_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -17,7 +17,7 @@ MULTIPLIES_DOUBLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 # Rows, columns and steps of a tile's product, warps, and stages of loading ahead: large tiles, small ones, and thin
 # ones for maps of few pixels. The fastest is found by timing, except in the interpreter.
 TILES = ((128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 3), (64, 16, 32, 4, 3))
-if triton.knobs.runtime.interpret:
+if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
     TILES = ((16, 32, 8, 1, 1),)
 
 
@@ -156,7 +156,7 @@ def convolve_transposed(
     total = tl.zeros((block_c, block_p), tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32)
     for tap in range(taps_h * taps_w):
         shift_h = padding_h - tap // taps_w * dilation_h
-        shift_w = padding_w - tap % taps_w * dilation_w
+        shift_w = padding_w - tap % taps_w * dilation_w  # pyright: ignore[reportOperatorIssue]
         # A negative remainder is as good as a positive one here, and quotients are exact where they count.
         reads = ((phase // stride_w + shift_h) % stride_h == 0) & ((phase % stride_w + shift_w) % stride_w == 0)
         out_h = (h + shift_h) // stride_h

@@ -34,7 +34,9 @@ def taken(monkeypatch):
     """Names of the operators that were called."""
     seen = []
     for function in (operators.ATTENTION, operators.COEFFICIENTS):
-        def run(*args, _forward=function.forward, _name=type(function).__name__):
+        kind = type(function).__name__
+
+        def run(*args, _forward=function.forward, _name=kind):
             seen.append(_name)
             return _forward(*args)
 
@@ -219,10 +221,10 @@ class TestWhereItIsTaken:
 @pytest.mark.parametrize(("part", "message"), [("fc1", "for 7 channels got 6"), ("fc2", "5 mixtures logits for 37")])
 def test_weights_that_do_not_fit_are_refused(part, message):
     attention = attention_of().eval()
-    old = getattr(attention, part)
+    x, old = images_of(attention, (7, 5)), getattr(attention, part)
     setattr(attention, part, type(old)(old.in_features + 1, old.out_features).double())
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        attention(images_of(attention, (7, 5)), torch.tensor(0.0).double())
+        attention(x, torch.tensor(0.0).double())
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])

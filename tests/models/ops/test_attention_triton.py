@@ -33,7 +33,6 @@ def operands(attention, batch, tau):
 
 
 @needs_triton
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
     """Everything in `TestKernels`, on the CPU."""

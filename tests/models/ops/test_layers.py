@@ -57,7 +57,9 @@ def test_inference_and_single_precision(case, implementation):
     assert 0 < error < 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["auto", *(name for name in FAST if name not in ("grouped", "reassociated"))])
+@pytest.mark.parametrize(
+    "implementation", ["auto", *(name for name in FAST if name not in ("grouped", "reassociated"))]
+)
 @pytest.mark.parametrize("case", ["conv2d", "depthwise", "whole-kernel-cells"])
 def test_layout_of_the_input_is_kept(case, implementation):
     layer, x = prepared(case, implementation)
@@ -144,14 +146,16 @@ def test_forced_by_name():
     net = build_model("configs/quickstart/kw1x_resnet18.json")
     set_implementation(net, "grouped")
     assert {m.implementation for m in net.modules() if isinstance(m, KWConv2d)} == {"grouped"}
-    with pytest.raises(ValueError, match="implementation must be auto, materialize, .*, reassociated; found 'fast'"):
+    with pytest.raises(ValueError, match=r"implementation must be auto, materialize, .*, reassociated; found 'fast'"):
         set_implementation(net, "fast")
     with pytest.raises(ValueError, match="no converted layer"):
         set_implementation(nn.Linear(2, 2), "auto")
 
 
 def test_a_layer_that_cannot_be_computed_so_is_named_or_takes_what_was_said():
-    net = build_model({"model": "kw_convnext_atto", "nb_classes": 5, "model_kwargs": {"depths": [1] * 4, "dims": [8] * 4}})
+    net = build_model(
+        {"model": "kw_convnext_atto", "nb_classes": 5, "model_kwargs": {"depths": [1] * 4, "dims": [8] * 4}}
+    )
     with pytest.raises(ValueError, match=r"conv_dw: implementation 'mix_inputs' cannot compute .*: it is a grouped"):
         set_implementation(net, "mix_inputs")
     names = {m.implementation for m in net.modules() if hasattr(m, "implementation")}

@@ -1,4 +1,4 @@
-"""The primitive: both layouts of a bank, scales and bias, every implementation and every gradient, by the definition."""
+"""The primitive: both layouts of a bank, scales and bias, every implementation and gradient, by the definition."""
 
 import functools
 
@@ -23,7 +23,13 @@ BANKS = {
     "grouped": ((6, 2, 3, 3), (3, 2, 1, 1), True, (5, 4), {"padding": 1, "groups": 3}),
     "grouped-experts": ((6, 2, 3, 3), (6, 2, 1, 1), False, (5, 4), {"padding": 1, "groups": 2}),
     "depthwise": ((6, 1, 3, 3), (3, 1, 1, 1), True, (5, 4), {"padding": "same", "groups": 6}),
-    "depthwise-experts": ((6, 1, 3, 3), (6, 1, 3, 3), False, (5, 4), {"padding_mode": "reflect", "padding": 1, "groups": 6}),
+    "depthwise-experts": (
+        (6, 1, 3, 3),
+        (6, 1, 3, 3),
+        False,
+        (5, 4),
+        {"padding_mode": "reflect", "padding": 1, "groups": 6},
+    ),
     "line": ((4, 3, 5), (2, 3, 1), True, (9,), {"stride": 2, "padding": 2}),
     "line-of-experts": ((4, 3, 5), (4, 3, 5), False, (9,), {"padding": 2}),
     "volume": ((4, 2, 2, 3, 1), (2, 2, 1, 1, 1), True, (4, 3, 5), {"padding": (0, 1, 0)}),
@@ -54,8 +60,10 @@ def by_the_definition(case):
     partition, geometry, leaves = operands(case)
     kernels = torch.stack([by_hand(alpha, leaves["bank"], partition) for alpha in leaves["alpha"]])
     kernels = kernels * leaves["out_scale"][(..., *(None,) * (kernels.ndim - 2))]
-    scale = leaves["in_scale"].unflatten(1, (geometry.groups, -1)).repeat_interleave(
-        partition.kernel[0] // geometry.groups, 1
+    scale = (
+        leaves["in_scale"]
+        .unflatten(1, (geometry.groups, -1))
+        .repeat_interleave(partition.kernel[0] // geometry.groups, 1)
     )
     kernels = kernels * scale[(..., *(None,) * (kernels.ndim - 3))]
     arguments = BANKS[case][4]

@@ -1,4 +1,4 @@
-"""The Triton kernels of per-sample convolution: in Triton's interpreter, by a pytest of its own, and on a GPU, if any."""
+"""The Triton kernels of per-sample convolution: in its interpreter, by a pytest of its own, and on a GPU, if any."""
 
 import re
 import sys
@@ -157,7 +157,9 @@ class TestKernels:
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
 def test_on_a_cpu_it_is_refused_by_name():
     partition, geometry, (alpha, cells, x) = case("padding")
-    with pytest.raises(ValueError, match="'triton' cannot compute this layer: Triton's kernels run on CUDA devices, not"):
+    with pytest.raises(
+        ValueError, match="'triton' cannot compute this layer: Triton's kernels run on CUDA devices, not"
+    ):
         mixture_conv(x, alpha, cells, partition, geometry, implementation="triton")
 
 
