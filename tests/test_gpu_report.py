@@ -165,7 +165,7 @@ def tiny(tmp_path_factory):
     """The records and the text of the smallest report, and the names of its files."""
     folder = tmp_path_factory.mktemp("report")
     command = [sys.executable, SCRIPTS / "gpu_report.py", "--tiny", "--device", "cpu", "--output", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr + (folder / "log.txt").read_text()
     records = [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
     assert done.stdout.strip() == (folder / "report.md").read_text().strip()
