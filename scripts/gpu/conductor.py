@@ -20,6 +20,7 @@ from .cases import Case, run_cases
 from .journal import Journal
 
 _POLL = 0.05  # seconds
+_EVERY = 1.0  # seconds between two calls of `changed`
 _LEAST = 2.0  # seconds: with less, a stage is not begun
 
 
@@ -72,14 +73,15 @@ def conduct(stages: Sequence[Stage], journal: Journal, log: Path, limit: float, 
 def _run_stage(stage: Stage, journal: Journal, log: Path, end: float, changed: Callable[[], None]) -> str:
     """Run one stage until it is done or `end` has come, and return how it ended."""
     workers = [_Worker(stage, number, journal, log) for number in range(stage.shares)]
-    size = -1
+    shown = (-1, 0.0)  # size of the journal, and when
     try:
         while any(worker.is_active() for worker in workers):
             if time.monotonic() >= end:
                 return "stopped at its limit"
             time.sleep(_POLL)
-            if (now := journal.path.stat().st_size) != size:
-                size = now
+            now = journal.path.stat().st_size, time.monotonic()
+            if now[0] != shown[0] and now[1] > shown[1] + _EVERY:
+                shown = now
                 changed()
     finally:
         for worker in workers:

@@ -6,10 +6,10 @@ and the floor by operations and bytes (`timing.floor`). Rows come in the order o
 all layers of such a shape must take in their network at least. A time is that of one of many steps in a row.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from timing.clock import arithmetic, autocast
@@ -121,15 +121,14 @@ def _product_precision(precision: str) -> str:
 def find_rows(config: str, scope: Scope, batch: int, training: bool, machine: Machine) -> Iterator[Row]:
     """The rows of a network, in the order of its layers."""
     pair = Pair.read(config, side=scope.side)
-    torch.manual_seed(0)
-    nets = [build_model(c).to(scope.device, memory_format=LAYOUTS[_LAYOUT]) for c in (pair.converted, pair.static)]
+    net, static_net = _networks(config, scope)
     side = pair.converted.input_size
     x = torch.randn(batch, pair.converted.in_chans, side, side, device=scope.device)
     x = x.contiguous(memory_format=LAYOUTS[_LAYOUT])
     rate = machine.products.get(scope.precision, machine.products["fp32"])
     with autocast(scope.precision, scope.device):
-        layers = distinct_layers(nets[0], x, training)
-    statics = dict(nets[1].train(training).named_modules())
+        layers = distinct_layers(net, x, training)
+    statics = dict(static_net.named_modules())
     for layer in layers:
         static, static_floor = statics.get(layer.name), None
         if static is not None:
@@ -139,6 +138,15 @@ def find_rows(config: str, scope: Scope, batch: int, training: bool, machine: Ma
         floor = min(work.seconds(batch, training, rate, machine.read) for work in works)
         mode = "train" if training else "infer"
         yield Row(f"{config} {layer.name} {mode} {batch}", config, layer, static, floor, static_floor)
+
+
+@functools.cache
+def _networks(config: str, scope: Scope) -> list[nn.Module]:
+    """The converted network and the static one, on the device."""
+    pair = Pair.read(config, side=scope.side)
+    torch.manual_seed(0)
+    networks = (build_model(c).eval() for c in (pair.converted, pair.static))
+    return [net.to(scope.device, memory_format=LAYOUTS[_LAYOUT]) for net in networks]
 
 
 @torch.no_grad()
@@ -165,7 +173,7 @@ def rows(scope: Scope, records: Sequence[Record]) -> Iterator[Row]:
 def cases(scope: Scope, records: Sequence[Record]) -> Iterator[Case]:
     """A case for each row."""
     for row in rows(scope, records):
-        yield Case(row.name, partial(row.time, scope))
+        yield Case(row.name, functools.partial(row.time, scope))
 
 
 def compilation_cases(scope: Scope, records: Sequence[Record]) -> Iterator[Case]:
@@ -173,4 +181,4 @@ def compilation_cases(scope: Scope, records: Sequence[Record]) -> Iterator[Case]
     for row in rows(scope, records):
         for name, implementation in row.layer.candidates.items():
             if implementation.operators == "triton" and row.layer.can_try(name):
-                yield Case(f"{row.name} {name}", partial(row.compile, name, scope))
+                yield Case(f"{row.name} {name}", functools.partial(row.compile, name, scope))

@@ -8,6 +8,7 @@ measured in the process that measures time: another for each figure, as in `timi
 import copy
 import functools
 import gc
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -31,15 +32,14 @@ _SIBLING = "resnet18"
 
 
 def cases(scope: Scope) -> Iterator[Case]:
-    """For each network, batch and mode: static, ours, upstream's formulation, and ours tuned, which takes longest."""
+    """For each network: static, ours and upstream's in each mode and batch; then ours tuned, which takes long."""
     for config, pair in pairs(scope):
         contenders = {c.name: c for c in pair.contenders() if c.layout == _LAYOUTS[c.name]}
-        for batch in scope.batches:
-            for train in (False, True):
-                for name in ("static", "ours", UPSTREAM, TUNED):
-                    contender = contenders[name.partition(",")[0]]
-                    label = f"{config} {'train' if train else 'infer'} {batch} {name}"
-                    yield Case(label, functools.partial(_time, contender, config, name, train, batch, scope))
+        for names in (("static", "ours", UPSTREAM), (TUNED,)):
+            for batch, train, name in itertools.product(scope.batches, (False, True), names):
+                label = f"{config} {'train' if train else 'infer'} {batch} {name}"
+                contender = contenders[name.partition(",")[0]]
+                yield Case(label, functools.partial(_time, contender, config, name, train, batch, scope))
 
 
 def pairs(scope: Scope) -> Iterator[tuple[str, Pair]]:

@@ -8,7 +8,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU; bfloat16 is not right there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scope:
     """What the stages take.
 
@@ -70,7 +70,7 @@ class Scope:
     @property
     def compilation(self) -> "Scope":
         """What compiles the same kernels as the layers' rows: fewer samples, whose number kernels do not hold."""
-        return replace(self, layer_batches=(16,))
+        return replace(self, layer_batches=(32,))
 
     @classmethod
     def of(cls, device: torch.device, size: str) -> "Scope":
@@ -80,11 +80,11 @@ class Scope:
         if device.type == "cpu":
             return _cpu(device, size)
         limits = {"machine": 30, "correctness": 100, "compilation": 45, "layers": 90, "networks": 80, "training": 75}
-        full = cls(device, limits, limit=420)
+        full = cls(device, limits, limit=400)
         if size == "full":
             return full
         quick = {"machine": 25, "correctness": 60, "networks": 35}
-        return replace(full, limits=quick, limit=120, networks=full.networks[:1])
+        return replace(full, limits=quick, limit=112, networks=full.networks[:1])
 
 
 def _cpu(device: torch.device, size: str) -> Scope:

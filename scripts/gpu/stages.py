@@ -12,7 +12,7 @@ from . import correctness, layers, machine, networks, training
 from .cases import Case
 from .conductor import Stage
 from .journal import Journal
-from .scope import Scope
+from .scope import INTERPRETED, Scope
 
 _KEEP_TILES = {
     "TRITON_CACHE_AUTOTUNING": "1"
@@ -42,14 +42,21 @@ def find_stages(scope: Scope, journal: Journal, scratch: Path) -> list[Stage]:
     small = scope.compilation
     stages = [
         Stage(machine.STAGE, lambda: machine.cases(scope), 0, case_limit=20, patience=15),
-        Stage(correctness.STAGE, lambda: correctness.cases(scope), 0, case_limit=25, patience=30, shares=scope.shares),
+        Stage(
+            correctness.STAGE,
+            lambda: correctness.cases(scope),
+            0,
+            case_limit=100 if INTERPRETED else 25,
+            patience=30,
+            shares=scope.shares,
+        ),
         Stage(
             layers.COMPILATION,
             lambda: layers.compilation_cases(small, journal.read()),
             0,
             case_limit=40,
             patience=40,
-            shares=scope.shares,
+            shares=max(1, scope.shares * 2 // 3),  # of which each holds all layers' images
         ),
         Stage(
             layers.STAGE,
@@ -59,7 +66,7 @@ def find_stages(scope: Scope, journal: Journal, scratch: Path) -> list[Stage]:
             patience=30,
             environment=_KEEP_TILES,
         ),
-        Stage(networks.STAGE, lambda: networks.cases(scope), 0, case_limit=25, patience=30, environment=_KEEP_TILES),
+        Stage(networks.STAGE, lambda: networks.cases(scope), 0, case_limit=30, patience=30, environment=_KEEP_TILES),
         Stage(
             training.STAGE,
             lambda: training.cases(scope, scratch),

@@ -4,17 +4,21 @@
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$_root/.editable"
 ln -sfn .. "$_root/.editable/kernelwarehouse"
-export PYTHONPATH="$_root/.editable${PYTHONPATH:+:$PYTHONPATH}"
-if [ -d "$_root/carry/wheels" ]; then
-    # A wheel is a folder of Python files, packed; pip is not needed to unpack one.
-    python3 - "$_root/carry" <<'PYTHON' && export PYTHONPATH="$PYTHONPATH:$_root/carry/site"
+python3 - "$_root" <<'PYTHON'
+import re
 import sys
 import zipfile
 from pathlib import Path
 
-carry = Path(sys.argv[1])
-for wheel in sorted((carry / "wheels").glob("*.whl")):
-    zipfile.ZipFile(wheel).extractall(carry / "site")
+root = Path(sys.argv[1])
+# What an installation would have left: checkpoints name the version that wrote them.
+version = re.search(r'^version = "(.+)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+about = root / ".editable" / f"kernelwarehouse-{version}.dist-info" / "METADATA"
+about.parent.mkdir(exist_ok=True)
+about.write_text(f"Metadata-Version: 2.1\nName: kernelwarehouse\nVersion: {version}\n")
+# A wheel of pure Python is a folder, packed.
+for wheel in sorted((root / "carry" / "wheels").glob("*.whl")):
+    zipfile.ZipFile(wheel).extractall(root / "carry" / "site")
 PYTHON
-fi
+export PYTHONPATH="$_root/.editable:$_root/carry/site${PYTHONPATH:+:$PYTHONPATH}"
 unset _root
