@@ -96,7 +96,7 @@ def _cpu(device: torch.device, size: str) -> Scope:
         {name: factor * seconds for name, seconds in limits.items()},
         limit=factor * 285,
         precisions=("fp64", "fp32", "fp16" if INTERPRETED else "bf16"),
-        shares=max(torch.get_num_threads() // 2, 1),
+        shares=torch.get_num_threads(),
         layers=("resnet18/kw4x_resnet18",),
         layer_batches=(4, 1),
         networks=("resnet18/kw4x_resnet18",),
