@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 
 from kernelwarehouse.models import tuning
-from kernelwarehouse.models.ops.kernel_warehouse import IMPLEMENTATIONS, KWLayer, native, tuned
+from kernelwarehouse.models.ops import selection
+from kernelwarehouse.models.ops.cpu import unavailable
+from kernelwarehouse.models.ops.kernel_warehouse import KWLayer
+from kernelwarehouse.models.ops.mixture_conv import IMPLEMENTATIONS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MODEL = "quickstart/kw1x_resnet18"
@@ -56,8 +59,8 @@ def test_each_network_has_a_row_in_each_case(benchmark, machine, monkeypatch, ca
         "--rounds",
         3,
         "--implementation",
-        "streamed",
-        "folded",
+        "materialize",
+        "merged",
     ]
     assert run(benchmark, monkeypatch, *arguments, "--json", tmp_path / "figures.json") == 0
     rows = table(capsys.readouterr().out)
@@ -65,7 +68,11 @@ def test_each_network_has_a_row_in_each_case(benchmark, machine, monkeypatch, ca
     assert [(r["mode"], r["precision"], r["batch"], r["network"]) for r in rows] == [
         (*case, network)
         for case in cases
-        for network in (*NETWORKS, "streamed", *(["folded"] if case[0] == "infer" else []))  # which cannot be trained
+        for network in (
+            *NETWORKS,
+            "materialize",
+            *(["merged"] if case[0] == "infer" else []),
+        )  # which cannot be trained
     ]
     kept = json.loads((tmp_path / "figures.json").read_text())
     assert kept["parity"] < 1e-9
@@ -99,27 +106,28 @@ def test_the_faster_layout_is_taken(benchmark, monkeypatch):
 
 
 def test_networks_compute_the_same_each_in_its_own_way(benchmark):
-    contenders = {c.name: c for c in benchmark.Pair.read(MODEL).contenders(["inputs"])}
+    contenders = {c.name: c for c in benchmark.Pair.read(MODEL).contenders(["mix_inputs"])}
     networks = {name: c.build(torch.device("cpu")) for name, c in contenders.items()}
     images = {name: c.images(2, torch.device("cpu")) for name, c in contenders.items()}
     assert images["upstream"].is_contiguous()
     assert images["ours"].is_contiguous(memory_format=torch.channels_last)
     layers = {name: [m for m in net.modules() if isinstance(m, KWLayer)] for name, net in networks.items()}
-    for name, implementation in (("upstream", "grouped"), ("ours", "auto"), ("inputs", "inputs")):
+    for name, implementation in (("upstream", "grouped"), ("ours", "auto"), ("mix_inputs", "mix_inputs")):
         assert {layer.implementation for layer in layers[name]} == {implementation}
         for layer, other in zip(layers[name], layers["upstream"], strict=True):
             assert layer.cells.is_contiguous() == (name == "upstream")
             assert torch.equal(layer.cells, other.cells)
     assert not layers["static"]
-    folded = benchmark.Pair.read(MODEL).contenders(["folded"])[-1].build_for(images["ours"], "bf16")
+    folded = benchmark.Pair.read(MODEL).contenders(["merged"])[-1].build_for(images["ours"], "bf16")
     products = [m.products for m in folded.modules() if isinstance(m, KWLayer)]
     assert {p.dtype for p in products if p is not None} == {torch.bfloat16}
     assert networks["static"].conv1.weight.shape == networks["ours"].conv1.weight.shape
 
 
 def test_nothing_is_printed_of_results_that_differ(benchmark, monkeypatch, capsys):
-    right = IMPLEMENTATIONS["grouped"]
-    monkeypatch.setitem(IMPLEMENTATIONS, "grouped", lambda *a: right(*a) * (1 + 1e-6))
+    grouped = type(IMPLEMENTATIONS["grouped"])
+    right = grouped.__call__
+    monkeypatch.setattr(grouped, "__call__", lambda *a: right(*a) * (1 + 1e-6))
     for mode in ([], ["--layers"]):
         with pytest.raises(SystemExit, match=r"error: the two orders differ by \d.*; no figure is printed"):
             run(benchmark, monkeypatch, *mode)
@@ -129,12 +137,12 @@ def test_nothing_is_printed_of_results_that_differ(benchmark, monkeypatch, capsy
 def test_nothing_is_printed_of_a_folded_network_that_differs(benchmark, monkeypatch, capsys):
     def fold_wrong(net, x):
         with torch.no_grad():
-            next(net.warehouses.parameters()).add_(1e-6)
+            next(m for m in net.modules() if isinstance(m, KWLayer)).warehouse.weight.add_(1e-6)
         return net
 
     monkeypatch.setattr(benchmark, "merge_", fold_wrong)
     with pytest.raises(SystemExit, match="differ by"):
-        run(benchmark, monkeypatch, "--implementation", "folded")
+        run(benchmark, monkeypatch, "--implementation", "merged")
     assert not capsys.readouterr().out
 
 
@@ -159,11 +167,11 @@ def smaller(path, name, **fields):
 
 def test_every_network_is_compiled_if_asked_for(benchmark, machine, monkeypatch, capsys, tmp_path, compilations):
     small = smaller(tmp_path / "small.json", MODEL, model_kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
-    asked = ["--model", small, "--mode", "infer", "--implementation", "folded", "--compile"]
+    asked = ["--model", small, "--mode", "infer", "--implementation", "merged", "--compile"]
     assert run(benchmark, monkeypatch, *asked) == 0
     shown = capsys.readouterr().out
     assert "torch.compile (default)" in shown
-    assert [row["network"] for row in table(shown)] == [*NETWORKS, "folded"]
+    assert [row["network"] for row in table(shown)] == [*NETWORKS, "merged"]
     assert compilations == ["default"] * 8  # one to compare, then all but upstream's in two layouts
 
 
@@ -188,8 +196,9 @@ def test_results_may_differ_by_what_a_few_rounding_errors_of_the_input_change(be
 
 
 def test_a_gradient_that_is_not_finite_counts_as_different(benchmark, monkeypatch):
-    right = IMPLEMENTATIONS["grouped"]
-    monkeypatch.setitem(IMPLEMENTATIONS, "grouped", lambda *a: right(*a) * float("nan"))
+    grouped = type(IMPLEMENTATIONS["grouped"])
+    right = grouped.__call__
+    monkeypatch.setattr(grouped, "__call__", lambda *a: right(*a) * float("nan"))
     with pytest.raises(SystemExit, match="differ by nan"):
         run(benchmark, monkeypatch)
 
@@ -255,8 +264,8 @@ def test_the_chart_has_a_panel_for_each_mode_and_a_line_for_each_network(benchma
         for batch, slower in ((1, 2.0), (8, 30.0)):
             case = [
                 benchmark.Result(mode, "fp32", batch, 32, 1.0, name, "NCHW", [seconds], 0.1)
-                for name, seconds in zip((*NETWORKS, "folded"), (1.0, slower, 1.5, 1.2), strict=True)
-                if mode == "infer" or name != "folded"
+                for name, seconds in zip((*NETWORKS, "merged"), (1.0, slower, 1.5, 1.2), strict=True)
+                if mode == "infer" or name != "merged"
             ]
             benchmark.compare(case)
             results += case
@@ -267,7 +276,7 @@ def test_the_chart_has_a_panel_for_each_mode_and_a_line_for_each_network(benchma
         assert lines["upstream"] == ([1, 8], [2.0, 30.0])
         assert lines["ours"] == ([1, 8], [1.5, 1.5])
         assert lines["floor"] == ([1, 8], [1.0, 1.0])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*NETWORKS, "folded", "floor"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*NETWORKS, "merged", "floor"]
     by_budget = benchmark.chart.draw(
         [benchmark.Result("infer", "fp32", b, 32, 1.0, n, "NCHW", [1.0], 0.1) for b in (1, 8) for n in NETWORKS],
         "budget",
@@ -281,16 +290,16 @@ def test_layers_are_timed_by_every_implementation(benchmark, monkeypatch, capsys
     rows = table(capsys.readouterr().out.split("train, fp32")[0])
     *layers, total = rows
     assert sum(int(row["count"]) for row in layers) == 18 == int(total["count"])
-    names = ["static", "grouped", "kernels", "streamed", "inputs"]
-    if native.can_run("cpu", torch.float32):
-        names.append("native")
+    names = ["static", "grouped", "materialize", "mix_inputs"]
+    if unavailable("cpu", torch.float32) is None:
+        names.append("cpp")
     for row in layers:
         assert all(float(row[name]) > 0 for name in names)
         assert row["auto"] in names[1:]
         best = min(float(row[name]) for name in names[1:])
         assert float(row["auto / best"]) == pytest.approx(float(row[row["auto"]]) / best, rel=0.1)
-    assert all(float(row["folded"]) > 0 for row in layers)
-    for name in (*names, "folded"):
+    assert all(float(row["merged"]) > 0 for row in layers)
+    for name in (*names, "merged"):
         assert float(total[name]) == pytest.approx(sum(int(r["count"]) * float(r[name]) for r in layers), abs=0.2)
     kept = json.loads((tmp_path / "layers.json").read_text())["layers"]
     assert [record["mode"] for record in kept] == ["infer", "train"]
@@ -302,16 +311,16 @@ def test_tuned_networks_take_what_was_measured(benchmark, machine, monkeypatch, 
     monkeypatch.setattr(
         tuning,
         "measure",
-        lambda steps, rounds, *_, **__: {name: [1.0 + (name != "streamed")] * rounds for name in steps},
+        lambda steps, rounds, *_, **__: {name: [1.0 + (name != "materialize")] * rounds for name in steps},
     )
     assert run(benchmark, monkeypatch, "--tune", "--batch", 2, 3, "--mode", "infer") == 0
     said = capsys.readouterr().out
     assert ", tuned; parity" in said
     assert len(table(said)) == 6
-    taken = tuned.remembered()
-    assert {*taken.values()} <= {"streamed", "auto"}  # auto where streamed was estimated already
+    taken = selection.remembered()
+    assert {*taken.values()} <= {"materialize", "auto"}  # auto where streamed was estimated already
     for batch in (2, 3):
-        assert any(f"images=({batch}, " in call and name == "streamed" for call, name in taken.items())
+        assert any(f"images=({batch}, " in call and name == "materialize" for call, name in taken.items())
 
 
 def test_what_would_write_too_much_is_not_tried(benchmark, monkeypatch, capsys):
@@ -319,8 +328,8 @@ def test_what_would_write_too_much_is_not_tried(benchmark, monkeypatch, capsys):
     assert run(benchmark, monkeypatch, "--layers", "--mode", "infer") == 0
     *layers, total = table(capsys.readouterr().out)
     for row in (*layers, total):
-        assert [row[name] for name in ("grouped", "kernels", "inputs", "folded")] == ["–"] * 4
-        assert float(row["streamed"]) > 0
+        assert not {"grouped", "materialize", "mix_inputs"} & row.keys()
+        assert float(row["materialize"]) > 0
 
 
 def test_memory_is_that_of_the_network_alone(benchmark, machine, monkeypatch, capsys):
@@ -354,7 +363,7 @@ def test_linear_and_depthwise_layers_can_be_timed(benchmark, monkeypatch, capsys
     *layers, _ = table(capsys.readouterr().out)
     for row in layers:
         depthwise = row["kernel"].split("×")[1] == "1"  # whose kernels can only be mixed whole
-        assert (row["streamed"] == "–") == depthwise
+        assert (row["mix_inputs"] == "–") == depthwise
         assert float(row[row["auto"]]) > 0
 
 
@@ -372,7 +381,7 @@ def test_a_single_value_per_channel_is_refused_in_one_line(benchmark, machine, m
         (["--static", "no_such_model"], "no_such_model"),
         (["--model", "deit_tiny/kw1x_deit_tiny", "--size", "8"], "cannot take images of 8×8"),
         (["--precision", "tf32"], "tf32 is of GPUs"),
-        (["--implementation", "fused"], "fused runs on a GPU only"),
+        (["--implementation", "triton"], "triton runs on a GPU only"),
         (["--values", "1"], "--values means nothing without --sweep"),
         (["--sweep", "resolution", "--values", "32.5"], "a resolution is a whole number"),
         (["--layers", "--plot", "cost.png"], "--layers goes with none of"),

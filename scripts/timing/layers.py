@@ -25,6 +25,7 @@ def time_layer(layer: Layer, precision: str, rounds: int) -> None:
     steps |= {name: layer.step(name) for name in NAMES if layer.can_try(name)}
     if not layer.training and module.attention.is_linear():
         merged = copy.deepcopy(module)
+        merged.implementation = "auto"
         merged.merge(HALF.get(precision))
         steps["merged"] = step(merged, layer.x, layer.y, {}, training=False)
     with arithmetic(precision), autocast(precision, device):

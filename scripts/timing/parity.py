@@ -34,6 +34,7 @@ def check_parity(net: nn.Module, x: Tensor, implementations: Sequence[str] = ("a
     # BatchNorm over few values makes much of little: in a MobileNetV2 at 64×64, 1e-8 of one rounding error.
     answer = difference(results("grouped", _misrounded(x)))
     worst = max(difference(results(name, x)) for name in implementations)
+    set_implementation(net, "auto")
     net.float()
     return _within_tolerance(worst, answer)
 
