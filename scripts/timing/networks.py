@@ -1,9 +1,10 @@
 """The networks that are timed against each other, made from one configuration."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,16 @@ class Pair:
 
     @classmethod
     def read(
-        cls, model: str | Path, static: str | Path | None = None, budget: float | None = None, side: int | None = None
+        cls,
+        model: str | Path | Mapping[str, Any],
+        static: str | Path | None = None,
+        budget: float | None = None,
+        side: int | None = None,
     ) -> "Pair":
         """Read the configurations.
 
         Args:
-            model: Configuration of the converted network.
+            model: Configuration of the converted network, or its fields.
             static: Of its static twin; None takes the same backbone unconverted.
             budget: `cell_num_ratio` in place of the configuration's.
             side: Of the images, in place of the configuration's.
