@@ -34,7 +34,7 @@ from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from torch import Tensor, nn
 
-from kernelwarehouse import ConfigError, merge_
+from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import dynamic_layers, get_operator
@@ -80,7 +80,18 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
             print(f"budget {point['budget']:g}× is left out: {e}", file=sys.stderr)
     if not cases:
         raise ConfigError("--sweep budget: none of the budgets can be built")
+    known = [*implementation_names(cases[0].pair.converted), *MERGED]
+    for name in arguments.implementation:
+        if name not in known:
+            raise ConfigError(f"--implementation: there is no {name!r}; there are {', '.join(known)}")
     return cases
+
+
+def implementation_names(config: ModelConfig) -> list[str]:
+    """The names of all implementations that layers of a converted network have."""
+    with torch.device("meta"):
+        layers = dynamic_layers(build_model(config)).values()
+    return list(dict.fromkeys(name for layer in layers for name in layer.candidates()))
 
 
 def check_case(
@@ -190,7 +201,7 @@ def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     (case,) = read_cases(arguments)
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
-    names = dict.fromkeys(name for layer in dynamic_layers(net).values() for name in layer.candidates())
+    names = implementation_names(case.pair.converted)
     parity = check_case(case, 64, [*(name for name in names if name not in ("reference", "triton")), "merged"], device)
     print(f"{_heading(arguments, device)}; parity {parity:.0e}")
     for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
