@@ -405,7 +405,7 @@ def test_what_cannot_be_done_is_said_in_one_line(benchmark, monkeypatch, capsys,
     assert shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--batch", "0"], ["--size", "-1"]]])
+@pytest.mark.parametrize("arguments", [["--batch", "0"], ["--size", "-1"]])
 def test_a_wrong_option_is_refused(benchmark, monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         run(benchmark, monkeypatch, *arguments)
