@@ -1,6 +1,7 @@
 """What tests of all folders share; nothing here or before imports torch, which reads the environment only once."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -10,9 +11,11 @@ _PRETENDED = {
     "avx512": ("avx512", "AVX512_CORE"),
     "avx512_bf16": ("avx512", "AVX512_CORE_BF16"),
 }
-if os.environ.get("KERNELWAREHOUSE_CPU") in _PRETENDED:
-    capability, isa = _PRETENDED[os.environ["KERNELWAREHOUSE_CPU"]]
+if (pretended := os.environ.get("KERNELWAREHOUSE_CPU")) in _PRETENDED:
+    capability, isa = _PRETENDED[pretended]
     os.environ.update(ATEN_CPU_CAPABILITY=capability, ONEDNN_MAX_CPU_ISA=isa)
+    # What torch.compile has kept for the whole processor gives wrong results then (torch 2.15).
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{pretended}")
 
 
 @pytest.fixture
