@@ -1,5 +1,6 @@
 """What tests of all folders share; nothing here or before imports torch, which reads the environment only once."""
 
+import getpass
 import os
 import tempfile
 
@@ -15,7 +16,7 @@ if (pretended := os.environ.get("KERNELWAREHOUSE_CPU")) in _PRETENDED:
     capability, isa = _PRETENDED[pretended]
     os.environ.update(ATEN_CPU_CAPABILITY=capability, ONEDNN_MAX_CPU_ISA=isa)
     # What torch.compile has kept for the whole processor gives wrong results then (torch 2.15).
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{pretended}")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{pretended}")
 
 
 @pytest.fixture
