@@ -16,7 +16,8 @@ if (pretended := os.environ.get("KERNELWAREHOUSE_CPU")) in _PRETENDED:
     capability, isa = _PRETENDED[pretended]
     os.environ.update(ATEN_CPU_CAPABILITY=capability, ONEDNN_MAX_CPU_ISA=isa)
     # What torch.compile has kept for the whole processor gives wrong results then (torch 2.15).
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{pretended}")
+    folder = f"torchinductor_{getpass.getuser()}_{pretended}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), folder)
 
 
 @pytest.fixture
