@@ -102,11 +102,14 @@ def test_nothing_imports_a_bare_folder_name():
 
 
 def names_of_files():
-    """Each of our files that this process has loaded as modules, whatever link led to it, and their names."""
+    """Each of our files that this process has loaded as modules, whatever link led to it, and their names.
+
+    An environment inside the checkout holds files of others.
+    """
     names = defaultdict(set)
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "/").resolve()
-        if file.is_relative_to(ROOT):
+        if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
             names[file].add(name)
     return names
 

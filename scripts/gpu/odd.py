@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kernelwarehouse.models import convert_, get_operator, operator_names
+from kernelwarehouse.models import convert_, dynamic_layers, get_operator, operator_names
 from kernelwarehouse.models.tuning import Layer, distinct_layers
 
 BATCH = 3
@@ -74,7 +74,7 @@ def odd_layers(names: tuple[str, ...]) -> Iterator[tuple[str, Layer]]:
     """Layers of distinct shapes of every operator, in fp32 on the CPU, in training mode, with inputs and outputs.
 
     They are those of each network converted with the operator's default configuration; what an operator does not take
-    is said. Layers have no parameter that is zero.
+    is said, and so is an operator whose layers are computed in one way alone. Layers have no parameter that is zero.
     """
     for operator in operator_names():
         for name in names:
@@ -84,6 +84,9 @@ def odd_layers(names: tuple[str, ...]) -> Iterator[tuple[str, Layer]]:
                 convert_(net, get_operator(operator).Config(), keep_weights=False, example_input=torch.empty_like(x))
             except ValueError as e:
                 print(f"{operator}, {name}: {e}", flush=True)
+                continue
+            if not any(layer.candidates() for layer in dynamic_layers(net).values()):
+                print(f"{operator}, {name}: its layers have no implementations to compare", flush=True)
                 continue
             disturb(net)
             for layer in distinct_layers(net, x, training=True):
