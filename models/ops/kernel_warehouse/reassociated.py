@@ -53,11 +53,17 @@ class Reassociated(MixtureConv):
 
 def merged(signature: Signature) -> Signature:
     """The case of a layer after it was merged."""
-    return signature._replace(operation="mixture_conv", shared=False, terms=signature.hidden + 1, hidden=0)
+    return _with_own_banks(signature, signature.hidden + 1)
 
 
 def _reassociated(signature: Signature) -> Signature:
-    return signature._replace(operation="mixture_conv", shared=False, terms=signature.hidden + 2, hidden=0)
+    return _with_own_banks(signature, signature.hidden + 2)
+
+
+def _with_own_banks(s: Signature, terms: int) -> Signature:
+    """The case of `mixture_conv` with a bank for each part; written out, as torch 2.8 compiles no `_replace`."""
+    rest = s.images, s.channels_last, s.dtype, s.device, s.gradients, s.of_images, s.exporting
+    return Signature("mixture_conv", s.partition, s.geometry, False, terms, 0, *rest)
 
 
 def least_cost(signature: Signature) -> float:

@@ -51,6 +51,6 @@ def is_untouched(module: nn.Module) -> bool:
 
     Hooks for all modules, of torch.nn.modules.module, are not seen by the parts of an attention.
     """
-    if type(module) not in (Linear, LayerNorm, BatchNorm1d) or module.watched or "forward" in vars(module):
+    if type(module) not in (Linear, LayerNorm, BatchNorm1d) or module.watched or "forward" in module.__dict__:
         return False
     return module.weight is None or type(module.weight) in (nn.Parameter, Tensor)

@@ -104,9 +104,20 @@ def test_training_in_bfloat16(case, implementation):
         assert (grad.double() - truth).norm() <= 0.06 * truth.norm()
 
 
+def takes_compiling_for_exporting():
+    """As torch 2.8 does."""
+
+    def ask(x):
+        return x + torch.compiler.is_exporting()
+
+    return torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(())).item() == 1
+
+
 @pytest.mark.parametrize("implementation", ["auto", "materialize", "mix_inputs", "cpp", "reassociated"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one-size", "any-size"])
 def test_compiled_in_one_graph(implementation, dynamic):
+    if implementation == "cpp" and takes_compiling_for_exporting():
+        pytest.skip("this torch says of every graph that it is compiled for export, which holds torch's own operators")
     layer, x = prepared("conv2d", implementation)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
