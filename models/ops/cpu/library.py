@@ -15,17 +15,13 @@ _TYPES = {torch.float32: "float", torch.float64: "double"}
 _ARGUMENTS = {int: ctypes.c_int64, float: ctypes.c_double}
 
 
+@torch.compiler.assume_constant_result
 def unavailable(device: str, dtype: torch.dtype) -> str | None:
     """Why tensors of a type on a type of device cannot be computed with here; None if they can.
 
     A library that cannot be built is warned of once, when it is first asked for.
     """
-    return None if _runs(device, dtype) else _unavailable(device, dtype)
-
-
-@torch.compiler.assume_constant_result  # which torch 2.8 takes from a truth value, and not from None
-def _runs(device: str, dtype: torch.dtype) -> bool:
-    return _unavailable(device, dtype) is None
+    return _unavailable(device, dtype)
 
 
 @functools.cache
