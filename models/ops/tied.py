@@ -36,7 +36,7 @@ class Tied(nn.Module):
         self._reported: dict[str, str] = {}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        own = next(self._tensors().__iter__(), None)
+        own = next(self._tensors(), None)
         if own is None or not any(same_tensor(v, own[1]) for v in destination.values() if isinstance(v, Tensor)):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
