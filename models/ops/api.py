@@ -135,9 +135,10 @@ class DynamicLayer(nn.Module):
     @property
     def tau(self) -> Tensor:
         """τ, a scalar tensor."""
-        if self.temperature is None:
+        temperature = self.temperature
+        if temperature is None:
             raise RuntimeError(f"this {type(self).__name__} has no temperature")
-        return self.temperature.value
+        return temperature.value
 
     def _load_from_state_dict(
         self,

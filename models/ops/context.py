@@ -11,10 +11,15 @@ def exporting() -> bool:
 
 def computing_type(x: Tensor) -> torch.dtype:
     """The type that products of x are computed in: its own, or autocast's."""
-    device = x.device.type
-    if x.dtype != torch.float64 and _knows_autocast(device) and torch.is_autocast_enabled(device):
+    device, dtype = x.device.type, x.dtype
+    if dtype != torch.float64 and _knows_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return x.dtype
+    return dtype
+
+
+def as_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a type: itself if it has it, which torch takes several times as long to find out."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # which torch 2.8 could not compile otherwise

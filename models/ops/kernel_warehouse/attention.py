@@ -55,7 +55,7 @@ class Attention(Watched):
         self.num_cells = num_cells
         self.mixtures = len(assignment)
         self.own_cells = own_cells
-        hidden = hidden_width(in_channels, reduction)
+        self.width = hidden = hidden_width(in_channels, reduction)
         self.num_basis = basis_size(num_cells - len(own_cells), nonlocal_basis_ratio)
         self.fc1 = Linear(in_channels, hidden, bias=norm != "batch", **kwargs)
         self.norm = (BatchNorm1d if norm == "batch" else LayerNorm)(hidden, **kwargs)
@@ -168,13 +168,14 @@ class Attention(Watched):
         fc1, norm, fc2 = self.fc1, self.norm, self.fc2
         if self.num_basis or norm.training or not (is_untouched(fc1) and is_untouched(norm) and is_untouched(fc2)):
             return None
-        statistics = (None, None) if type(norm) is LayerNorm else (norm.running_mean, norm.running_var)
+        layer_norm = type(norm) is LayerNorm
+        mean, variance = (None, None) if layer_norm else (norm.running_mean, norm.running_var)
         weight1, weight2, scale, shift = fc1.weight, fc2.weight, norm.weight, norm.bias
-        if shift is None or (statistics[0] is None and type(norm) is not LayerNorm):
+        if shift is None or (mean is None and not layer_norm):
             return None
         if not x.dtype == weight1.dtype == weight2.dtype or unavailable(x.device.type, x.dtype) is not None:
             return None
-        return weight1, fc1.bias, *statistics, scale, shift, weight2, fc2.bias
+        return weight1, fc1.bias, mean, variance, scale, shift, weight2, fc2.bias
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""

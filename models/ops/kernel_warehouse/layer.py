@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import DynamicLayer
-from ..context import exporting
+from ..context import as_type
 from ..geometry import Geometry
 from ..images import add_bias
 from ..mixture_conv import IMPLEMENTATIONS, MixtureConv, Signature, cut, mix, signature_of
@@ -80,6 +80,7 @@ class KWLayer(DynamicLayer):
             nonlocal_basis_ratio,
             **kwargs,
         )
+        self.terms = len(cells)
         self.bias = nn.Parameter(torch.zeros(kernel[0], **kwargs)) if bias else None
         self.warehouse = warehouse
         self.temperature = Temperature(0.0, (0.0, 1.0), **kwargs)
@@ -88,17 +89,18 @@ class KWLayer(DynamicLayer):
     @property
     def cells(self) -> Tensor:
         """The cells (n, *cell) of the layer's warehouse, a view."""
-        if self.warehouse is None:
+        warehouse = self.warehouse
+        if warehouse is None:
             raise RuntimeError("a merged layer has no warehouse any more")
-        return self.warehouse.cells
+        return warehouse.cells
 
     def orders(self, y: Tensor) -> list[tuple[int, int, int]]:
         """As `DynamicLayer`: kernels mixed and applied, kernels of attention and cells first, or inputs mixed."""
-        partition, n = self.partition, len(self.cells)
+        partition, n = self.partition, self.terms
         positions = y[0].numel() // partition.kernel[0]
         kernel, cell = math.prod(partition.kernel), math.prod(partition.cell)
         *_, blocks_out, _ = partition.grid
-        hidden = self.attention.fc1.out_features
+        hidden = self.attention.width
         own = len(self.attention.own_cells) * cell
         found = [
             (kernel * (n + positions), own, 0),
@@ -117,11 +119,11 @@ class KWLayer(DynamicLayer):
         """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
         signature = self._signature(x)
         chosen = select(signature, CANDIDATES, self.implementation)
-        alpha, bank = self._factors(x, chosen)
+        alpha, bank = self._factors(x, chosen, "torch" if signature.exporting else chosen.operators)
         if isinstance(chosen, Reassociated):
             chosen = chosen.choose(signature)
         kind = signature.dtype
-        y = chosen(x.to(kind), alpha.to(kind), bank, self.partition, self.geometry)
+        y = chosen(as_type(x, kind), as_type(alpha, kind), bank, self.partition, self.geometry)
         return add_bias(y, self.bias)
 
     def candidates(self) -> Mapping[str, MixtureConv]:
@@ -133,30 +135,31 @@ class KWLayer(DynamicLayer):
         return self._signature(self.as_images(x))
 
     def _signature(self, x: Tensor) -> Signature:
-        hidden = self.attention.fc1.out_features
-        if self.products is not None:
-            return signature_of(x, hidden + 1, False, self.partition, self.geometry, OPERATION)
-        linear = hidden if self.attention.is_linear() else 0
-        return signature_of(x, len(self.cells), True, self.partition, self.geometry, OPERATION, linear)
+        attention = self.attention
+        if self.warehouse is None:
+            return signature_of(x, attention.width + 1, False, self.partition, self.geometry, OPERATION)
+        linear = attention.width if attention.is_linear() else 0
+        return signature_of(x, self.terms, True, self.partition, self.geometry, OPERATION, linear)
 
     def unsupported(self, implementation: str) -> str | None:
         """As `DynamicLayer`, for images of the parameters' type."""
         return CANDIDATES[implementation].supports(self._signature(self._example()))
 
-    def _factors(self, x: Tensor, chosen: MixtureConv) -> tuple[Tensor, Tensor]:
-        """α (B, m, n), and the bank that it belongs to."""
-        if self.products is not None:
+    def _factors(self, x: Tensor, chosen: MixtureConv, operators: str) -> tuple[Tensor, Tensor]:
+        """α (B, m, n) by the attention's `operators`, and the bank that it belongs to."""
+        warehouse = self.warehouse
+        if warehouse is None:
             if self.training:
                 raise RuntimeError("a merged layer cannot be trained; merge a copy of the network")
             return merged_coefficients(self.attention, x.flatten(2).mean(dim=2)), self.merged_bank()
         if isinstance(chosen, Reassociated):
             pooled = x.flatten(2).mean(dim=2)
-            return reassociate(self.attention, self.cells, pooled, self.tau, self.partition)
-        return self.attention(x, self.tau, "torch" if exporting() else chosen.operators), self.cells
+            return reassociate(self.attention, warehouse.cells, pooled, self.tau, self.partition)
+        return self.attention(x, self.tau, operators), warehouse.cells
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial)."""
-        return mix(*self._factors(x, CANDIDATES["materialize"]), self.partition)
+        return mix(*self._factors(x, CANDIDATES["materialize"], "torch"), self.partition)
 
     def merged_bank(self) -> Tensor:
         """The bank (r + 1, *kernel) of a merged layer."""
@@ -180,7 +183,7 @@ class KWLayer(DynamicLayer):
 
     def merged_values(self) -> int:
         """How many values a merged layer holds in place of its cells."""
-        return (self.attention.fc1.out_features + 1) * math.prod(self.partition.kernel)
+        return (self.attention.width + 1) * math.prod(self.partition.kernel)
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> None:

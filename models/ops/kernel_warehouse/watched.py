@@ -53,4 +53,5 @@ def is_untouched(module: nn.Module) -> bool:
     """
     if type(module) not in (Linear, LayerNorm, BatchNorm1d) or module.watched or "forward" in module.__dict__:
         return False
-    return module.weight is None or type(module.weight) in (nn.Parameter, Tensor)
+    weight = module.weight
+    return weight is None or type(weight) in (nn.Parameter, Tensor)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..context import exporting
+from ..context import as_type, exporting
 from ..cpu import unavailable
 from ..derivatives import Function
 from ..geometry import Geometry
@@ -132,8 +132,9 @@ class Cpp(_WithFunction):
     def __call__(self, x, alpha, bank, partition, geometry):
         """As the base class."""
         kind = _cpu_type(x.dtype)
-        padded, geometry = geometry.written_out(x.to(kind))
-        return self.apply(Problem(partition, geometry), padded, alpha.to(kind), bank.to(kind)).to(x.dtype)
+        padded, geometry = geometry.written_out(as_type(x, kind))
+        y = self.apply(Problem(partition, geometry), padded, as_type(alpha, kind), as_type(bank, kind))
+        return as_type(y, x.dtype)
 
     def compute(self, arguments: Problem, x, alpha, bank):
         """As the base class."""
@@ -211,4 +212,5 @@ def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
         return y
     if x.stride(1) != 1:
         return y.contiguous()
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    pixels = y.movedim(1, -1)
+    return y if pixels.is_contiguous() else pixels.contiguous().movedim(-1, 1)

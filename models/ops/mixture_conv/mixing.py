@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..context import as_type
 from .partition import Partition
 
 
@@ -44,9 +45,9 @@ def mix(alpha: Tensor, bank: Tensor, partition: Partition) -> Tensor:
         parts = cut(bank, partition).transpose(0, 1).flatten(2)  # (m, n, cell)
         mixed = torch.bmm(alpha.transpose(0, 1), parts.to(alpha.dtype)).transpose(0, 1)
         return _assemble(mixed.reshape(batch, *partition.grid, *partition.cell), partition)
-    if bank[0, 0].numel() == 1:  # of a depthwise convolution, whose output channels come to lie together
-        mixed = alpha.reshape(-1, num_terms) @ bank.flatten(1).to(alpha.dtype)
-        return _assemble(mixed.view(batch, *partition.grid, *partition.cell), partition)
+    if partition.kernel[1] == 1 and partition.by_positions:  # as in a depthwise convolution
+        mixed = alpha.reshape(-1, num_terms) @ as_type(bank.flatten(1), alpha.dtype)
+        return mixed.view(batch, *partition.kernel[2:], partition.kernel[0]).movedim(-1, 1).unsqueeze(2)
     # Each output channel's row of the cells by itself: small products whose operands stay in the cache.
     rows = bank.transpose(0, 1).flatten(2).to(alpha.dtype)
     mixed = torch.bmm(alpha.reshape(-1, num_terms).expand(len(rows), -1, -1), rows)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..context import as_type
 from ..cpu import call, from_pixels, operator, output_size, pixels, problem, room_for_pixels, window_of
 from ..derivatives import Function
 from ..geometry import Geometry
@@ -32,8 +33,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         ValueError: An input that is smaller than the kernel.
     """
     kind = x.dtype if x.dtype == torch.float64 else torch.float32
-    padded, geometry = geometry.written_out(x.to(kind))
-    return DEPTHWISE.apply(geometry, padded, weight.to(kind)).to(x.dtype)
+    padded, geometry = geometry.written_out(as_type(x, kind))
+    return as_type(DEPTHWISE.apply(geometry, padded, as_type(weight, kind)), x.dtype)
 
 
 def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
