@@ -13,8 +13,7 @@ from ..derivatives import Function
 from ..geometry import Geometry
 from ..per_sample_conv import grouped_conv, per_sample_conv_from_geometry, reference, triton_conv
 from ..selection import Implementation
-from . import cost, cpp
-from .mix_inputs import mix_inputs
+from . import cost, cpp, mix_inputs
 from .mixing import mix
 from .partition import Partition
 from .reference import reference_mix
@@ -104,7 +103,11 @@ class MixInputs(_WithFunction):
 
     def compute(self, arguments: Problem, x, alpha, bank):
         """As the base class."""
-        return mix_inputs(x, alpha, bank, *arguments)
+        return mix_inputs.mix_inputs(x, alpha, bank, *arguments)
+
+    def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank):
+        """As the base class."""
+        return mix_inputs.gradients(grad, needs, x, alpha, bank, *arguments)
 
     def supports(self, signature: Signature) -> str | None:
         """As the base class."""

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..derivatives import gradients_by_autograd
 from ..geometry import Geometry
 from ..per_sample_conv import windows
 from .partition import Partition
@@ -24,18 +26,56 @@ def mix_inputs(x: Tensor, alpha: Tensor, cells: Tensor, partition: Partition, ge
     Returns:
         (B, Cout, *output spatial), channels last in memory if x is.
     """
+    rows, flat = _mixed(x, alpha, partition, geometry), _flat(cells)
+    y = torch.matmul(rows, flat.mT.to(rows.dtype))
+    output_size = geometry.output_size(x.shape[2:], partition.kernel[2:])
+    y = y.reshape(len(x), *output_size, partition.kernel[0]).movedim(-1, 1)
+    return y if x.stride(1) == 1 else y.contiguous()
+
+
+def gradients(
+    grad: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    alpha: Tensor,
+    cells: Tensor,
+    partition: Partition,
+    geometry: Geometry,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, α and the cells, as needed, given that of y: inputs are mixed again, outputs are not computed."""
+    n, cout = cells.shape[:2]
+    outputs, rows = grad.movedim(1, -1).reshape(-1, cout), []
+
+    def mixed(x: Tensor, alpha: Tensor) -> Tensor:
+        rows.append(_mixed(x, alpha, partition, geometry))
+        return rows[0]
+
+    if needs[0] or needs[1]:
+        grad_rows = torch.matmul(outputs, _flat(cells).to(outputs.dtype))
+        grad_x, grad_alpha = gradients_by_autograd(mixed, (x, alpha), needs[:2], grad_rows)
+    else:
+        mixed(x, alpha)
+        grad_x = grad_alpha = None
+    if not needs[2]:
+        return grad_x, grad_alpha, None
+    grad_cells = torch.matmul(outputs.mT, rows[0].detach()).to(cells.dtype)
+    return grad_x, grad_alpha, grad_cells.view(cout, n, *cells.shape[2:]).transpose(0, 1)
+
+
+def _flat(cells: Tensor) -> Tensor:
+    """(n, cout, cin, *c) → (cout, n · size): one sum over cells and inputs, in one product."""
+    return cells.transpose(0, 1).flatten(1)
+
+
+def _mixed(x: Tensor, alpha: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
+    """u for each sample, position and block of output channels, as rows (…, n · size)."""
     inputs = _parts(x, partition, geometry)
     batch, parts, positions, size = inputs.shape
     *_, blocks_out, blocks_in = partition.grid
-    n, cout = cells.shape[:2]
+    n = alpha.shape[2]
     coefficients = alpha.reshape(batch, -1, blocks_out, blocks_in, n).permute(0, 2, 4, 1, 3)
     mixed = torch.matmul(coefficients.reshape(batch, blocks_out * n, parts), inputs.reshape(batch, parts, -1))
-    rows = mixed.reshape(batch, blocks_out, n, positions, size).permute(0, 3, 1, 2, 4)
-    flat = cells.transpose(0, 1).flatten(1)  # (cout, n · size): one sum over cells and inputs, in one product
-    y = torch.matmul(rows.reshape(-1, n * size), flat.mT.to(rows.dtype))
-    output_size = geometry.output_size(x.shape[2:], partition.kernel[2:])
-    y = y.reshape(batch, *output_size, blocks_out * cout).movedim(-1, 1)
-    return y if x.stride(1) == 1 else y.contiguous()
+    return mixed.reshape(batch, blocks_out, n, positions, size).permute(0, 3, 1, 2, 4).reshape(-1, n * size)
 
 
 def _parts(x: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
