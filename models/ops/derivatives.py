@@ -55,9 +55,19 @@ class Function(ABC):
 
 
 def gradients_by_autograd(
-    compute: Callable[..., Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+    compute: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor | Callable[[Tensor], Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a function, by computing it again; with a graph of them if gradients are being recorded."""
+    """The gradients of a function, by computing it again; with a graph of them if gradients are being recorded.
+
+    Args:
+        compute: The function.
+        tensors: Its arguments.
+        needs: For which of them a gradient is wanted; None is returned for the others.
+        grad: The gradient of its result, or what gives that from the result.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, since one of the tensors may have been made of another. What needs a gradient and records none is of a
@@ -66,7 +76,9 @@ def gradients_by_autograd(
             t if t is None or not need else _input(t, create_graph) for t, need in zip(tensors, needs, strict=True)
         ]
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(compute(*inputs), wanted, grad, create_graph=create_graph))
+        result = compute(*inputs)
+    given = grad if isinstance(grad, Tensor) else grad(result.detach())
+    found = iter(torch.autograd.grad(result, wanted, given, create_graph=create_graph) if wanted else ())
     return tuple(next(found) if need else None for need in needs)
 
 

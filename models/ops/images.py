@@ -7,9 +7,15 @@ from torch import Tensor
 
 def empty_images(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """An uninitialised (B, channels, *size) in the memory layout of x (B, C, *spatial): channels last or first."""
-    if x.stride(1) == 1:
-        return x.new_empty(x.shape[0], *size, channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *size)
+    shape = (x.shape[0], channels, *size)
+    if x.stride(1) != 1:
+        return x.new_empty(shape)
+    strides, step = [], channels
+    for length in reversed(size):
+        strides.insert(0, step)
+        step *= length
+    # No view of other memory: autograd adds to a gradient in place only if it is none.
+    return x.new_empty_strided(shape, (step, 1, *strides))
 
 
 def of_channels(values: Tensor, images: Tensor) -> Tensor:

@@ -2,16 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..context import as_type, exporting
 from ..cpu import unavailable
-from ..derivatives import Function
+from ..derivatives import Function, gradients_by_autograd
 from ..geometry import Geometry
-from ..per_sample_conv import grouped_conv, per_sample_conv_from_geometry, reference, triton_conv
+from ..per_sample_conv import (
+    grouped_conv,
+    per_sample_conv_from_geometry,
+    per_sample_conv_gradients,
+    reference,
+    triton_conv,
+)
 from ..selection import Implementation
 from . import cost, cpp, mix_inputs
 from .mixing import mix
@@ -82,10 +88,29 @@ class Materialize(_WithFunction):
 
     name = "materialize"
 
+    def __call__(self, x, alpha, bank, partition, geometry):
+        """As the base class."""
+        padded, geometry = geometry.written_out(x)
+        return super().__call__(padded, alpha, bank, partition, geometry)
+
     def compute(self, arguments: Problem, x, alpha, bank):
         """As the base class."""
         y = per_sample_conv_from_geometry(x, mix(alpha, bank, arguments.partition), arguments.geometry)
         return _in_layout_of(x, y)
+
+    def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank):
+        """As the base class."""
+        partition, geometry = arguments
+        grad_x = None
+
+        def grad_kernels(kernels: Tensor) -> Any:
+            nonlocal grad_x
+            of_kernels = needs[1] or needs[2]
+            grad_x, found = per_sample_conv_gradients(grad, (needs[0], of_kernels), x, kernels, geometry)
+            return found
+
+        found = gradients_by_autograd(lambda *mixing: mix(*mixing, partition), (alpha, bank), needs[1:], grad_kernels)
+        return grad_x, *found
 
     def cost(self, signature: Signature) -> float:
         """As the base class."""

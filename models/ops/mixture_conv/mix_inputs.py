@@ -44,22 +44,18 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of x, α and the cells, as needed, given that of y: inputs are mixed again, outputs are not computed."""
     n, cout = cells.shape[:2]
-    outputs, rows = grad.movedim(1, -1).reshape(-1, cout), []
+    outputs, grad_cells = grad.movedim(1, -1).reshape(-1, cout), None
 
-    def mixed(x: Tensor, alpha: Tensor) -> Tensor:
-        rows.append(_mixed(x, alpha, partition, geometry))
-        return rows[0]
+    def grad_rows(rows: Tensor) -> Tensor:
+        nonlocal grad_cells
+        if needs[2]:
+            grad_cells = torch.matmul(outputs.mT, rows).to(cells.dtype).view(cout, n, *cells.shape[2:]).transpose(0, 1)
+        return torch.matmul(outputs, _flat(cells).to(outputs.dtype))
 
-    if needs[0] or needs[1]:
-        grad_rows = torch.matmul(outputs, _flat(cells).to(outputs.dtype))
-        grad_x, grad_alpha = gradients_by_autograd(mixed, (x, alpha), needs[:2], grad_rows)
-    else:
-        mixed(x, alpha)
-        grad_x = grad_alpha = None
-    if not needs[2]:
-        return grad_x, grad_alpha, None
-    grad_cells = torch.matmul(outputs.mT, rows[0].detach()).to(cells.dtype)
-    return grad_x, grad_alpha, grad_cells.view(cout, n, *cells.shape[2:]).transpose(0, 1)
+    found = gradients_by_autograd(
+        lambda *inputs: _mixed(*inputs, partition, geometry), (x, alpha), needs[:2], grad_rows
+    )
+    return *found, grad_cells
 
 
 def _flat(cells: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..context import exporting
 from ..cpu import unavailable
+from ..derivatives import gradients_by_autograd
 from ..geometry import Geometry, Padding, check_operands
 from ..images import add_bias
 from . import triton_conv
-from .batched import grouped_conv, taps_conv, unfold_conv
-from .depthwise import depthwise_conv, is_depthwise
+from .batched import grouped_conv, grouped_gradients, taps_conv, unfold_conv
+from .depthwise import depthwise_conv, depthwise_gradients, is_depthwise
 from .im2col import windows
 from .reference import CONV, reference
 
@@ -22,6 +23,7 @@ __all__ = [
     "no_depthwise",
     "per_sample_conv",
     "per_sample_conv_from_geometry",
+    "per_sample_conv_gradients",
     "reference",
     "triton_conv",
     "windows",
@@ -34,6 +36,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Geometry], Tensor]] = {
     "unfold": unfold_conv,
     "depthwise": depthwise_conv,
 }
+
+# Of those that need not compute their outputs again.
+GRADIENTS = {"grouped": grouped_gradients, "depthwise": depthwise_gradients}
 
 
 def per_sample_conv(
@@ -84,6 +89,21 @@ def per_sample_conv_from_geometry(
     elif implementation == "depthwise" and (reason := no_depthwise(x, weight, geometry)):
         raise ValueError(f"implementation 'depthwise' cannot compute this: {reason}; 'auto' takes another")
     return IMPLEMENTATIONS[implementation](x, weight, geometry)
+
+
+def per_sample_conv_gradients(
+    grad: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and the kernels, as needed, given that of y; padding must be equal zeros."""
+    implementation = _choose(x, weight, geometry)
+    if implementation in GRADIENTS:
+        return GRADIENTS[implementation](grad, needs, x, weight, geometry)
+
+    def compute(x: Tensor, weight: Tensor) -> Tensor:
+        return IMPLEMENTATIONS[implementation](x, weight, geometry)
+
+    grad_x, grad_weight = gradients_by_autograd(compute, (x, weight), needs, grad)
+    return grad_x, grad_weight
 
 
 def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:

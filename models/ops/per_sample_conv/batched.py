@@ -8,13 +8,14 @@ number of groups that depends on the batch.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..geometry import Geometry
 from .im2col import taps, windows
-from .reference import CONV
+from .reference import CONV, CONV_GRADIENTS
 
 
 def grouped_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -30,6 +31,23 @@ def grouped_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         groups=batch * geometry.groups,
     )
     return y.reshape(batch, out_channels, *y.shape[2:])
+
+
+def grouped_gradients(
+    grad: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and the kernels, as needed, given that of y; padding must be equal zeros."""
+    batch, out_channels = weight.shape[:2]
+    x, padding = geometry.split_padding(x)
+    shape = (1, batch * x.shape[1], *x.shape[2:])
+    kernels = weight.reshape(batch * out_channels, *weight.shape[2:])
+    grads = grad.reshape(1, batch * out_channels, *grad.shape[2:])
+    of_input, of_kernels = CONV_GRADIENTS[len(geometry.stride)]
+    rest = geometry.stride, padding, geometry.dilation, batch * geometry.groups
+    grad_x = of_input(shape, kernels, grads, *rest).reshape(x.shape) if needs[0] else None
+    if not needs[1]:
+        return grad_x, None
+    return grad_x, of_kernels(x.reshape(shape), kernels.shape, grads, *rest).reshape(weight.shape)
 
 
 def taps_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

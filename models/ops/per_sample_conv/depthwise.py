@@ -37,6 +37,19 @@ def depthwise_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return as_type(DEPTHWISE.apply(geometry, padded, as_type(weight, kind)), x.dtype)
 
 
+def depthwise_gradients(
+    grad: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and the kernels, as needed, given that of y; padding must be equal zeros."""
+    kind = x.dtype if x.dtype == torch.float64 else torch.float32
+    operands = as_type(grad, kind), needs, as_type(x, kind), as_type(weight, kind)
+    grad_x, grad_weight = DEPTHWISE.gradients(geometry, *operands)
+    return (
+        None if grad_x is None else as_type(grad_x, x.dtype),
+        None if grad_weight is None else as_type(grad_weight, weight.dtype),
+    )
+
+
 def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
     """Whether every channel is convolved by itself, to one channel, with kernels (B, Cout, Cin/groups, *kernel)."""
     return weight.shape[1] == geometry.groups and weight.shape[2] == 1

@@ -7,6 +7,12 @@ from torch import Tensor
 from ..geometry import Geometry
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# Of the input and of the kernels.
+CONV_GRADIENTS = {
+    1: (torch.nn.grad.conv1d_input, torch.nn.grad.conv1d_weight),
+    2: (torch.nn.grad.conv2d_input, torch.nn.grad.conv2d_weight),
+    3: (torch.nn.grad.conv3d_input, torch.nn.grad.conv3d_weight),
+}
 
 
 def reference(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
