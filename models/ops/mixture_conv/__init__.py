@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ..context import computing_type
+from ..context import as_type, computing_type
 from ..geometry import Geometry
-from ..images import add_bias, scaled
+from ..images import add_bias
 from ..selection import select
 from .implementations import IMPLEMENTATIONS, MixtureConv
 from .mixing import cut, is_shared, mix
@@ -62,8 +62,8 @@ def mixture_conv(
     signature = signature_of(x, len(bank), shared, partition, geometry, "mixture_conv")
     chosen = select(signature, IMPLEMENTATIONS, implementation)
     kind = computing_type(x)
-    y = chosen(scaled(x, in_scale).to(kind), alpha.to(kind), bank, partition, geometry)
-    return add_bias(scaled(y, out_scale), bias)
+    operands = as_type(x, kind), as_type(alpha, kind), bank, partition, geometry
+    return add_bias(chosen.scaled(*operands, in_scale, out_scale), bias)
 
 
 def _check(x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geometry: Geometry) -> bool:

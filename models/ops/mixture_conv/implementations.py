@@ -2,24 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..context import as_type, exporting
 from ..cpu import unavailable
-from ..derivatives import Function, gradients_by_autograd
+from ..derivatives import Function
 from ..geometry import Geometry
-from ..per_sample_conv import (
-    grouped_conv,
-    per_sample_conv_from_geometry,
-    per_sample_conv_gradients,
-    reference,
-    triton_conv,
-)
+from ..images import scaled
+from ..per_sample_conv import grouped_conv, per_sample_conv_from_geometry, reference, triton_conv
 from ..selection import Implementation
-from . import cost, cpp, mix_inputs
+from . import cost, cpp, materialize, mix_inputs
 from .mixing import mix
 from .partition import Partition
 from .reference import reference_mix
@@ -39,6 +34,19 @@ class MixtureConv(Implementation):
     def __call__(self, x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geometry: Geometry) -> Tensor:
         """(B, Cin, *spatial) → (B, Cout, *output spatial)."""
         raise NotImplementedError
+
+    def scaled(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        bank: Tensor,
+        partition: Partition,
+        geometry: Geometry,
+        in_scale: Tensor | None,
+        out_scale: Tensor | None,
+    ) -> Tensor:
+        """The same with scales (B, C) or (C,) of the input's and the output's channels, each if there is one."""
+        return scaled(self(scaled(x, in_scale), alpha, bank, partition, geometry), out_scale)
 
     def supports(self, signature: Signature) -> str | None:  # noqa: ARG002
         """As the base class."""
@@ -84,33 +92,31 @@ class _WithFunction(MixtureConv, Function):
 
 
 class Materialize(_WithFunction):
-    """All kernels are mixed, and mixed again in backward; each sample is convolved by the best form for the shape."""
+    """All kernels are mixed, and mixed again in backward; each sample is convolved by the best form for the shape.
+
+    Scaled images are not kept for backward either.
+    """
 
     name = "materialize"
 
-    def __call__(self, x, alpha, bank, partition, geometry):
+    def scaled(self, x, alpha, bank, partition, geometry, in_scale, out_scale):
         """As the base class."""
         padded, geometry = geometry.written_out(x)
-        return super().__call__(padded, alpha, bank, partition, geometry)
+        return self.apply(Problem(partition, geometry), padded, alpha, bank, in_scale, out_scale)
 
-    def compute(self, arguments: Problem, x, alpha, bank):
+    def __call__(self, x, alpha, bank, partition, geometry):
         """As the base class."""
-        y = per_sample_conv_from_geometry(x, mix(alpha, bank, arguments.partition), arguments.geometry)
-        return _in_layout_of(x, y)
+        return self.scaled(x, alpha, bank, partition, geometry, None, None)
 
-    def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank):
+    def compute(self, arguments: Problem, x, alpha, bank, in_scale, out_scale):
         """As the base class."""
         partition, geometry = arguments
-        grad_x = None
+        y = per_sample_conv_from_geometry(scaled(x, in_scale), mix(alpha, bank, partition), geometry)
+        return _in_layout_of(x, scaled(y, out_scale))
 
-        def grad_kernels(kernels: Tensor) -> Any:
-            nonlocal grad_x
-            of_kernels = needs[1] or needs[2]
-            grad_x, found = per_sample_conv_gradients(grad, (needs[0], of_kernels), x, kernels, geometry)
-            return found
-
-        found = gradients_by_autograd(lambda *mixing: mix(*mixing, partition), (alpha, bank), needs[1:], grad_kernels)
-        return grad_x, *found
+    def gradients(self, arguments: Problem, grad, needs: Sequence[bool], x, alpha, bank, in_scale, out_scale):
+        """As the base class."""
+        return materialize.gradients(grad, needs, x, alpha, bank, in_scale, out_scale, *arguments)
 
     def cost(self, signature: Signature) -> float:
         """As the base class."""
