@@ -187,3 +187,19 @@ def test_what_does_not_fit_is_named(change, message):
     partition, geometry, leaves = operands("cells")
     with pytest.raises(ValueError, match=message):
         mixture_conv(**{**leaves, **change}, partition=partition, geometry=geometry)
+
+
+@pytest.mark.parametrize("implementation", ["materialize", "cpp", "mix_inputs"])
+@pytest.mark.parametrize("case", ["cells", "experts-by-position"])
+def test_nothing_but_the_arguments_is_kept_for_backward(case, implementation):
+    if not can(implementation, case):
+        pytest.skip("it cannot compute this")
+    partition, geometry, leaves = operands(case)
+    if implementation != "materialize":  # which alone scales images in its own backward
+        del leaves["in_scale"], leaves["out_scale"]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mixture_conv(**leaves, partition=partition, geometry=geometry, implementation=implementation)
+    own = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    assert kept
+    assert all(t.untyped_storage().data_ptr() in own for t in kept)
