@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..api import DynamicLayer
 from ..geometry import Geometry, Padding
+from ..images import add_bias, scaled
 from ..mixture_conv import IMPLEMENTATIONS, MixtureConv, Partition, Signature, mix, mixture_conv, signature_of
 from ..mixture_conv.mixing import is_shared
+from ..per_sample_conv import static_conv
 
 SPREAD = 0.1  # of experts around a static kernel, as a share of its standard deviation
 
@@ -20,12 +22,12 @@ class Mixing(NamedTuple):
     """How each sample's kernel is made.
 
     Attributes:
-        alpha: α, (B, parts of the kernel, n).
+        alpha: α, (B, parts of the kernel, n); None where the kernel is the one expert there is.
         in_scale: (B, Cin), of the input's channels, if any.
         out_scale: (B, Cout), of the output's channels, if any.
     """
 
-    alpha: Tensor
+    alpha: Tensor | None
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
 
@@ -115,29 +117,24 @@ class ExpertsConv(DynamicLayer):
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
             sizes = ", ".join("DHW"[-self.dims :])
             raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        mixing = self.mixing(x)
-        bias = self._bias(mixing.alpha)
-        return mixture_conv(
-            x,
-            mixing.alpha,
-            self.weight,
-            self.partition,
-            self.geometry,
-            bias,
-            mixing.in_scale,
-            mixing.out_scale,
-            self.implementation,
-        )
+        alpha, in_scale, out_scale = self.mixing(x)
+        if alpha is None and self.implementation == "auto":
+            y = static_conv(scaled(x, in_scale), self.weight[0], self.geometry)
+            return add_bias(scaled(y, out_scale), self._bias(None))
+        alpha = x.new_ones(len(x), self.partition.mixtures, 1) if alpha is None else alpha
+        convolution = self.partition, self.geometry, self._bias(alpha), in_scale, out_scale
+        return mixture_conv(x, alpha, self.weight, *convolution, self.implementation)
 
-    def _bias(self, alpha: Tensor) -> Tensor | None:
+    def _bias(self, alpha: Tensor | None) -> Tensor | None:
         """(B, Cout), or (Cout,) where it is the same for all samples."""
         if self.bias is None or not self.mixes_bias:
             return self.bias
-        return alpha[:, 0] @ self.bias.to(alpha.dtype)
+        return self.bias[0] if alpha is None else alpha[:, 0] @ self.bias.to(alpha.dtype)
 
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial), with all that scales them."""
         alpha, in_scale, out_scale = self.mixing(x)
+        alpha = x.new_ones(len(x), self.partition.mixtures, 1) if alpha is None else alpha
         kernels = mix(alpha, self.weight, self.partition)
         if out_scale is not None:
             kernels = kernels * out_scale.reshape(*out_scale.shape, *(1,) * (self.dims + 1))
