@@ -25,6 +25,7 @@ __all__ = [
     "per_sample_conv_from_geometry",
     "per_sample_conv_gradients",
     "reference",
+    "static_conv",
     "triton_conv",
     "windows",
 ]
@@ -104,6 +105,12 @@ def per_sample_conv_gradients(
 
     grad_x, grad_weight = gradients_by_autograd(compute, (x, weight), needs, grad)
     return grad_x, grad_weight
+
+
+def static_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """conv(x, W) with one kernel (Cout, Cin/groups, *kernel) for all samples, as torch does it."""
+    x, padding = geometry.split_padding(x)
+    return CONV[len(geometry.stride)](x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
 def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
