@@ -1,0 +1,109 @@
+"""CondConv as an operator of this package."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...plan import ConversionPlan
+from ...layers import pads_same
+from ...sites import Sites
+from ...translation import Translation
+from ..api import DynamicLayer, Operator, OperatorConfig, Preset, Report
+from ..geometry import Geometry
+from ..tied import Tied
+from .accelerated import accelerated
+from .checkpoint import CondConvTranslation
+from .config import CondConvConfig
+from .layer import CondConvLayer
+from .plan import CondConvLayerPlan, CondConvPlan, make_plan
+from .routing import BlockRouting, check_block, route_block_
+
+# The paper's placements: the last blocks of a network with one routing for each, and the classifier but in timm's
+# EfficientNets.
+_EFFICIENTNET = {"routing": "block", "include": (r"blocks\.[456]\.\d+\.conv_(pw|dw|pwl)",)}
+_MOBILENETV2 = {"routing": "block", "include": (r"blocks\.(4\.[12]|5\.\d|6\.0)\.conv_(pw|dw|pwl)", "classifier")}
+_RESNET18 = {"routing": "block", "include": (r"(layer3\.1|layer4\.\d)\.conv\d", "fc")}
+_RESNET50 = {"routing": "block", "include": (r"layer4\.\d\.conv\d", "fc")}
+
+
+class CondConv(Operator):
+    """Kernels that are a sum of experts, each weighed by a sigmoid of the input's mean (NeurIPS 2019)."""
+
+    name: ClassVar[str] = "condconv"
+    prefix: ClassVar[str] = "cond"
+    Config: ClassVar[type[OperatorConfig]] = CondConvConfig
+    Plan: ClassVar[type[ConversionPlan]] = CondConvPlan
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "cond_resnet18": Preset("resnet18", _RESNET18),
+        "cond_resnet50": Preset("resnet50", _RESNET50),
+        "cond_mobilenetv2_050": Preset("mobilenetv2_050", _MOBILENETV2),
+        "cond_mobilenetv2_075": Preset("mobilenetv2_075", _MOBILENETV2),
+        "cond_mobilenetv2_100": Preset("mobilenetv2_100", _MOBILENETV2),
+        "cond_efficientnet_b0": Preset("efficientnet_b0", _EFFICIENTNET),
+        "cond_efficientnet_b1": Preset("efficientnet_b1", _EFFICIENTNET),
+        "cond_tf_efficientnet_b0": Preset("tf_efficientnet_b0", _EFFICIENTNET),
+        "cond_tf_efficientnet_b1": Preset("tf_efficientnet_b1", _EFFICIENTNET),
+    }
+
+    def plan(self, sites: Sites, config: CondConvConfig) -> CondConvPlan:
+        """As `Operator.plan`."""
+        return make_plan(sites, config)
+
+    def shared(self, plan: CondConvPlan, device: torch.device, dtype: torch.dtype) -> dict[str, Tied]:
+        """The routings of blocks."""
+        experts, firsts = plan.config.experts, {la.shares[0]: la for la in plan.layers if la.block}
+        return {
+            name: BlockRouting(la.routing_channels, experts, la.routing_tokens, device=device, dtype=dtype)
+            for name, la in firsts.items()
+        }
+
+    def layer(
+        self, layer: CondConvLayerPlan, old: Any, shared: Mapping[str, BlockRouting], plan: CondConvPlan
+    ) -> CondConvLayer:
+        """As `Operator.layer`."""
+        linear = layer.kind == "Linear"
+        kernel = (*old.weight.shape, 1) if linear else tuple(old.weight.shape)
+        same = not linear and pads_same(old)
+        arguments = () if linear else (old.stride, 0 if same else old.padding, old.dilation, old.groups)
+        mode = {} if linear else {"padding_mode": old.padding_mode}
+        return CondConvLayer(
+            kernel,
+            Geometry.of(kernel[2:], *arguments, **mode),
+            old.bias is not None,
+            experts=plan.config.experts,
+            routing=shared[layer.shares[0]] if layer.block else None,
+            tokens=linear,
+            pads_same=same,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+
+    def check_static(self, plan: CondConvPlan) -> None:
+        """Every plan can start from static weights."""
+
+    def load_static(self, layers: Mapping[str, CondConvLayer], olds: Mapping[str, Any], plan: CondConvPlan) -> Report:
+        """Routings begin at ½ for every input, where the experts sum to the static kernels."""
+        del plan
+        for name, layer in layers.items():
+            layer.load_static_weight(olds[name].weight, olds[name].bias)
+        return Report(dict.fromkeys(layers, 0.0))
+
+    def apply_(self, net: nn.Module, plan: CondConvPlan, layers: Mapping[str, Any]) -> None:
+        """As `Operator.apply_`; blocks whose layers share a routing compute it from their input."""
+        blocks = {name: (net.get_submodule(name), planned[0].name) for name, planned in plan.blocks().items()}
+        for name, (block, _) in blocks.items():
+            check_block(name, block)
+        super().apply_(net, plan, layers)
+        for block, first in blocks.values():
+            route_block_(block, layers[first].routing_fn)
+
+    def translation(self, net: nn.Module, plan: CondConvPlan) -> Translation:
+        """timm's names and layout."""
+        del plan
+        return CondConvTranslation(net)
+
+    def accelerated(self, module: nn.Module) -> DynamicLayer | None:
+        """timm's CondConv2d."""
+        return accelerated(module)
