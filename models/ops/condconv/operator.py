@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...plan import ConversionPlan
 from ...layers import pads_same
+from ...plan import ConversionPlan
 from ...sites import Sites
 from ...translation import Translation
 from ..api import DynamicLayer, Operator, OperatorConfig, Preset, Report
