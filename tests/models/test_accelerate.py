@@ -6,7 +6,6 @@ import pickle
 
 import onnxruntime
 import pytest
-import timm
 import torch
 from parity import assert_parity
 from timm.layers.cond_conv2d import CondConv2d

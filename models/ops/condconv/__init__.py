@@ -2,7 +2,7 @@
 
 from .accelerated import AcceleratedCondConv2d
 from .config import CondConvConfig
-from .layer import CondConvLayer
+from .layers import CondConv1d, CondConv2d, CondConv3d, CondConvNd, CondLinear
 from .operator import CondConv
 from .plan import CondConvLayerPlan, CondConvPlan
 from .routing import BlockRouting, RoutedBlock, Routing
@@ -11,10 +11,14 @@ __all__ = [
     "AcceleratedCondConv2d",
     "BlockRouting",
     "CondConv",
+    "CondConv1d",
+    "CondConv2d",
+    "CondConv3d",
     "CondConvConfig",
-    "CondConvLayer",
     "CondConvLayerPlan",
+    "CondConvNd",
     "CondConvPlan",
+    "CondLinear",
     "RoutedBlock",
     "Routing",
 ]

@@ -1,6 +1,7 @@
 """timm's CondConv2d, computed by `mixture_conv`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.layers.cond_conv2d import CondConv2d
@@ -23,9 +24,10 @@ class AcceleratedCondConv2d(DynamicLayer):
         bias: Theirs, (E, Cout), or None.
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, layer: CondConv2d):
+    def __init__(self, layer: Any):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         kernel = tuple(layer.weight_shape)

@@ -5,14 +5,14 @@ import math
 from torch import Tensor, nn
 
 from ...translation import State, Translation
-from .layer import CondConvLayer
+from .layers import CondConvNd
 
 
 class CondConvTranslation(Translation):
     """timm's names, which are ours, and its experts (E, Cout · Cin/groups · k · k)."""
 
     def __init__(self, net: nn.Module):
-        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, CondConvLayer)]
+        layers = [(name, m) for name, m in net.named_modules() if isinstance(m, CondConvNd)]
         self._shapes = {f"{name}.weight": tuple(layer.weight.shape) for name, layer in layers}
         super().__init__(
             {key: key for key in net.state_dict()},

@@ -8,16 +8,17 @@ from torch import nn
 
 from ...layers import pads_same
 from ...plan import ConversionPlan
-from ...sites import Sites
+from ...sites import Site, Sites
 from ...translation import Translation
-from ..api import DynamicLayer, Operator, OperatorConfig, Preset, Report
-from ..geometry import Geometry
+from ..api import DynamicLayer, OperatorConfig, Preset
+from ..experts import ExpertsConv, ExpertsOperator
+from ..experts.operator import ARGUMENTS
 from ..tied import Tied
 from .accelerated import accelerated
 from .checkpoint import CondConvTranslation
 from .config import CondConvConfig
-from .layer import CondConvLayer
-from .plan import CondConvLayerPlan, CondConvPlan, make_plan
+from .layers import CondConv1d, CondConv2d, CondConv3d, CondLinear
+from .plan import CondConvPlan, make_plan
 from .routing import BlockRouting, check_block, route_block_
 
 # The paper's placements: the last blocks of a network with one routing for each, and the classifier but in timm's
@@ -28,13 +29,19 @@ _RESNET18 = {"routing": "block", "include": (r"(layer3\.1|layer4\.\d)\.conv\d", 
 _RESNET50 = {"routing": "block", "include": (r"layer4\.\d\.conv\d", "fc")}
 
 
-class CondConv(Operator):
+class CondConv(ExpertsOperator):
     """Kernels that are a sum of experts, each weighed by a sigmoid of the input's mean (NeurIPS 2019)."""
 
     name: ClassVar[str] = "condconv"
     prefix: ClassVar[str] = "cond"
     Config: ClassVar[type[OperatorConfig]] = CondConvConfig
     Plan: ClassVar[type[ConversionPlan]] = CondConvPlan
+    layers: ClassVar[Mapping[str, type[ExpertsConv]]] = {
+        "Conv1d": CondConv1d,
+        "Conv2d": CondConv2d,
+        "Conv3d": CondConv3d,
+        "Linear": CondLinear,
+    }
     presets: ClassVar[Mapping[str, Preset]] = {
         "cond_resnet18": Preset("resnet18", _RESNET18),
         "cond_resnet50": Preset("resnet50", _RESNET50),
@@ -49,7 +56,7 @@ class CondConv(Operator):
 
     def plan(self, sites: Sites, config: CondConvConfig) -> CondConvPlan:
         """As `Operator.plan`."""
-        return make_plan(sites, config)
+        return make_plan(sites, config, tuple(self.layers))
 
     def shared(self, plan: CondConvPlan, device: torch.device, dtype: torch.dtype) -> dict[str, Tied]:
         """The routings of blocks."""
@@ -59,36 +66,32 @@ class CondConv(Operator):
             for name, la in firsts.items()
         }
 
-    def layer(
-        self, layer: CondConvLayerPlan, old: Any, shared: Mapping[str, BlockRouting], plan: CondConvPlan
-    ) -> CondConvLayer:
+    def num_experts(self, config: CondConvConfig) -> int:
+        """E."""
+        return config.experts
+
+    def arguments(self, config: CondConvConfig) -> dict[str, Any]:
+        """As the base class."""
+        return {"experts": config.experts}
+
+    def attention_cost(self, site: Site, config: CondConvConfig) -> tuple[int, int]:
+        """A matrix and a bias; of a layer that is not routed by its block."""
+        return (site.in_channels + 1) * config.experts, site.in_channels * config.experts
+
+    def layer(self, layer: Any, old: Any, shared: Mapping[str, BlockRouting], plan: ConversionPlan) -> ExpertsConv:
         """As `Operator.layer`."""
-        linear = layer.kind == "Linear"
-        kernel = (*old.weight.shape, 1) if linear else tuple(old.weight.shape)
-        same = not linear and pads_same(old)
-        arguments = () if linear else (old.stride, 0 if same else old.padding, old.dilation, old.groups)
-        mode = {} if linear else {"padding_mode": old.padding_mode}
-        return CondConvLayer(
-            kernel,
-            Geometry.of(kernel[2:], *arguments, **mode),
-            old.bias is not None,
-            experts=plan.config.experts,
-            routing=shared[layer.shares[0]] if layer.block else None,
-            tokens=linear,
-            pads_same=same,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-
-    def check_static(self, plan: CondConvPlan) -> None:
-        """Every plan can start from static weights."""
-
-    def load_static(self, layers: Mapping[str, CondConvLayer], olds: Mapping[str, Any], plan: CondConvPlan) -> Report:
-        """Routings begin at ½ for every input, where the experts sum to the static kernels."""
-        del plan
-        for name, layer in layers.items():
-            layer.load_static_weight(olds[name].weight, olds[name].bias)
-        return Report(dict.fromkeys(layers, 0.0))
+        arguments = {
+            **self.arguments(plan.config),
+            "bias": old.bias is not None,
+            "routing": shared[layer.shares[0]] if layer.block else None,
+            "device": old.weight.device,
+            "dtype": old.weight.dtype,
+        }
+        if layer.kind == "Linear":
+            return CondLinear(old.in_features, old.out_features, **arguments)
+        geometry = {name: getattr(old, name) for name in ARGUMENTS}
+        new: Any = self.layers[layer.kind]
+        return new(old.in_channels, old.out_channels, **geometry, **arguments, pads_same=pads_same(old))
 
     def apply_(self, net: nn.Module, plan: CondConvPlan, layers: Mapping[str, Any]) -> None:
         """As `Operator.apply_`; blocks whose layers share a routing compute it from their input."""
@@ -99,7 +102,7 @@ class CondConv(Operator):
         for block, first in blocks.values():
             route_block_(block, layers[first].routing_fn)
 
-    def translation(self, net: nn.Module, plan: CondConvPlan) -> Translation:
+    def translation(self, net: nn.Module, plan: ConversionPlan) -> Translation:
         """timm's names and layout."""
         del plan
         return CondConvTranslation(net)

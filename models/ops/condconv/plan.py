@@ -1,14 +1,15 @@
 """Which layers CondConv replaces, and what routes each."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...plan import ConversionPlan, LayerPlan, shape_text
 from ...sites import Site, Sites
-from ..patterns import check_patterns, matches
+from ..placement import choose
 from .config import CondConvConfig
+
+ROLES = ("stem", "head", "unused", "unknown")  # of layers that stay static, unless a configuration names them
 
 
 @dataclass(frozen=True)
@@ -51,70 +52,45 @@ class CondConvPlan(ConversionPlan):
         return [rows]
 
 
-def make_plan(sites: Sites, config: CondConvConfig) -> CondConvPlan:
+def make_plan(sites: Sites, config: CondConvConfig, kinds: tuple[str, ...]) -> CondConvPlan:
     """The plan for a network; see `Operator.plan`."""
-    chosen, left = _choose(sites, config)
+    known = tuple(replace(site, foreign=None) if site.pads_same else site for site in sites)
+    chosen, left = choose(
+        replace(sites, sites=known),
+        config.include,
+        config.exclude,
+        kinds=kinds,
+        placed=lambda site: site.role not in ROLES,
+    )
+    firsts = _first_layers(sites) if config.routing == "block" else {}
+    experts, layers, routed = config.experts, [], set()
     for site in chosen:
-        _check(site)
-    blocks = _blocks(sites) if config.routing == "block" else {}
-    experts = config.experts
-    layers, routed = [], set()
-    for site in chosen:
-        first = blocks.get(site.parent, site) if site.parent else site
-        block = site.parent if site.parent in blocks else ""
-        routing = 0 if block in routed else first.in_channels * experts  # a block's is counted with its first layer
+        block = site.parent if site.parent in firsts else ""
+        reader = firsts[block] if block else site
+        routing = 0 if block in routed else reader.in_channels * experts  # a block's is counted with its first layer
         if block:
             routed.add(block)
         kernel = math.prod(site.kernel)
-        own = 0 if block else (site.in_channels + 1) * experts
         layers.append(
             CondConvLayerPlan.of(
                 site,
-                added=(experts - 1) * (kernel + site.bias * site.out_channels) + own,
-                macs=experts * kernel + routing,
+                added=(experts - 1) * (kernel + site.bias * site.out_channels)
+                + (0 if block else (site.in_channels + 1) * experts),
+                macs=experts * (kernel + site.bias * site.out_channels) + routing,
                 shares=(f"{block}.routing_fn",) if block else (),
                 block=block,
-                routing_channels=first.in_channels,
-                routing_tokens=first.kind == "Linear",
+                routing_channels=reader.in_channels,
+                routing_tokens=reader.kind == "Linear",
             )
         )
-    shared = {la.block: (la.routing_channels + 1) * experts for la in layers if la.block}
+    shared = {layer.block: (layer.routing_channels + 1) * experts for layer in layers if layer.block}
     return CondConvPlan(
         config.operator, config, tuple(layers), sites.parameters, left, shared_parameters=sum(shared.values())
     )
 
 
-def _blocks(sites: Iterable[Site]) -> dict[str, Site]:
-    """Each block → its first layer, which reads the block's input."""
-    first: dict[str, Site] = {}
-    for site in sites:
-        if site.parent and site.role != "unused":
-            known = first.setdefault(site.parent, site)
-            if None not in (site.turn, known.turn) and site.turn < known.turn:  # pyright: ignore[reportOptionalOperand]
-                first[site.parent] = site
-    return first
-
-
-def _choose(sites: Sites, config: CondConvConfig) -> tuple[list[Site], tuple[tuple[str, str], ...]]:
-    names = [site.name for site in sites]
-    check_patterns("include", config.include or (), names)
-    check_patterns("exclude", config.exclude, names)
-    found = [site for site in sites if not matches(config.exclude, site.name)]
-    if config.include is not None:
-        return [site for site in found if matches(config.include, site.name)], ()
-    body = [site for site in found if site.role not in ("stem", "head", "unused")]
-    left = tuple((site.name, site.foreign) for site in body if site.foreign and not site.pads_same)
-    return [site for site in body if site.name not in dict(left)], left
-
-
-def _check(site: Site) -> None:
-    """Raise a ValueError for a layer that cannot be replaced."""
-    if site.obstacle:
-        raise ValueError(site.obstacle)
-    if site.foreign and not site.pads_same:
-        raise ValueError(f"{site.name} cannot be converted: {site.foreign}; exclude it")
-    if site.repeats == 0:
-        raise ValueError(
-            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), "
-            "and would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude it"
-        )
+def _first_layers(sites: Sites) -> dict[str, Site]:
+    """Each block → its first layer, which reads the block's input; by the order of execution where that is known."""
+    running = [site for site in sites if site.parent and site.role != "unused"]
+    running.sort(key=lambda site: -1 if site.turn is None else site.turn)
+    return {site.parent: site for site in reversed(running)}

@@ -1,13 +1,15 @@
 """The definition: loops over samples and experts, straight from the equations."""
 
+import functools
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import CondConvLayer
+from ..per_sample_conv import CONV
+from .layers import CondConvNd, CondLinear
 from .routing import Routing
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def reference_routing(routing: Routing, x: Tensor) -> Tensor:
@@ -21,18 +23,21 @@ def reference_routing(routing: Routing, x: Tensor) -> Tensor:
     return torch.stack(samples)
 
 
-def reference_forward(layer: CondConvLayer, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
-    """`CondConvLayer`; r (B, E) is needed where the layer's block gives it."""
-    if routing_weights is None:
-        routing_weights = reference_routing(layer.routing_fn, x)
+def reference_forward(layer: CondConvNd, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+    """`CondConvNd`; r (B, E) is needed where the layer's block gives it."""
+    routing_weights = reference_routing(layer.routing_fn, x) if routing_weights is None else routing_weights
     geometry, outputs = layer.geometry, []
     for sample, weights in zip(x, routing_weights, strict=True):
-        kernel = sum(r * w for r, w in zip(weights, layer.weight, strict=True))
-        bias = None if layer.bias is None else sum(r * b for r, b in zip(weights, layer.bias, strict=True))
-        if layer.tokens:
+        kernel = _sum(weights, layer.weight)
+        bias = None if layer.bias is None else _sum(weights, layer.bias)
+        if isinstance(layer, CondLinear):
             outputs.append(F.linear(sample, kernel.flatten(1), bias))
             continue
         padded = geometry.pad(layer.as_images(sample[None]))
-        conv = _CONV[len(geometry.stride)]
-        outputs.append(conv(padded, kernel, bias, geometry.stride, 0, geometry.dilation, geometry.groups)[0])
+        y = CONV[layer.dims](padded, kernel, bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+        outputs.append(y[0])
     return torch.stack(outputs)
+
+
+def _sum(weights: Tensor, experts: Tensor) -> Tensor:
+    return functools.reduce(operator.add, [r * e for r, e in zip(weights, experts, strict=True)])

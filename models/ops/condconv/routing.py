@@ -34,12 +34,6 @@ class Routing(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Let every r be ½, whatever x is."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, *spatial), or tokens (B, …, C), → (B, E)."""
         channels = self.weight.shape[1]
@@ -84,9 +78,10 @@ class BlockRouting(Routing, Tied):
                 "the routing of this layer comes from its block, which is not running: call the block, or give "
                 "routing_weights"
             )
-        if len(self.current) != len(x):
+        if self.current.shape[0] != x.shape[0]:
             raise ValueError(
-                f"the block's routing is of {len(self.current)} samples, the layer's input of {len(x)}: "
+                f"the block's routing is of {self.current.shape[0]} samples, the layer's input of "
+                f"{x.shape[0]}: "
                 "routing='layer' works"
             )
         return self.current
