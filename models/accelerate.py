@@ -1,7 +1,6 @@
 """Networks of other libraries that are dynamic already: their layers computed by this package's primitives."""
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .obstacles import hooks_of
 from .operators import built_in_operators, get_operator
@@ -30,7 +29,10 @@ def accelerate_(net: nn.Module) -> nn.Module:
     new: dict[str, DynamicLayer] = {}
     made: dict[nn.Module, DynamicLayer] = {}
     for name, module in net.named_modules(remove_duplicate=False):
-        found = made.get(module) or next(filter(None, (operator.accelerated(module) for operator in operators)), None)
+        try:
+            found = made.get(module) or next(filter(None, (o.accelerated(module) for o in operators)), None)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
         if found is None:
             continue
         _check(name, module)
@@ -46,8 +48,6 @@ def _check(name: str, module: nn.Module) -> None:
     """Raise a ValueError for what would be lost with a layer."""
     if not name:
         raise ValueError(f"a single {type(module).__name__} cannot be swapped in place: put it into a module first")
-    if parametrize.is_parametrized(module):
-        raise ValueError(f"{name} is parametrized: remove that (torch.nn.utils.parametrize) first")
     if hooks := hooks_of(module, parameters=False):
         raise ValueError(f"{name} has {hooks}, which would be lost: remove them first")
     if "forward" in vars(module):

@@ -253,6 +253,9 @@ class Operator(ABC):
         """A layer of ours for one of another library that computes the same; None for any other module.
 
         It holds the very parameters of that layer, under the same names.
+
+        Raises:
+            ValueError: Such a layer, whose parameters are computed from others.
         """
         del module
 

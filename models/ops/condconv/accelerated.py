@@ -7,6 +7,7 @@ import torch
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..api import DynamicLayer
 from ..geometry import Geometry
@@ -88,5 +89,11 @@ class AcceleratedCondConv2d(DynamicLayer):
 
 
 def accelerated(module: nn.Module) -> AcceleratedCondConv2d | None:
-    """The layer for one of timm's; None for any other module, subclasses of timm's included."""
+    """The layer for one of timm's; None for any other module, subclasses of timm's included.
+
+    Raises:
+        ValueError: A parametrized one.
+    """
+    if isinstance(module, CondConv2d) and parametrize.is_parametrized(module):
+        raise ValueError("it is parametrized: remove that (torch.nn.utils.parametrize) first")
     return AcceleratedCondConv2d(module) if type(module) is CondConv2d else None
