@@ -146,12 +146,12 @@ class CondLinear(CondConv1d):
         if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
             raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
         mixing = self.mixing(x) if routing_weights is None else Mixing(routing_weights.unsqueeze(1))
-        y = self.convolve(self.as_images(x), mixing).movedim(1, -1)
+        y = self.convolve(self.as_images(x), mixing).transpose(1, 2)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def as_images(self, x: Tensor) -> Tensor:
         """(B, …, in_features) → (B, in_features, tokens)."""
-        return x.reshape(x.shape[0], -1, self.in_features).movedim(-1, 1)
+        return x.reshape(x.shape[0], -1, self.in_features).transpose(1, 2)
 
     def unsupported(self, implementation: str) -> str | None:
         """As `DynamicLayer`, for tokens of the parameters' type."""
