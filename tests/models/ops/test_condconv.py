@@ -154,7 +154,7 @@ def test_golden_block():
     check_golden(case, block(x), {"x": x}, dict(block.named_parameters()))
 
 
-@pytest.mark.parametrize("experts", [4, 8])
+@pytest.mark.parametrize("experts", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_golden_efficientnet_converted_from_the_static_one(experts):
     case = GOLDEN[f"model_tf_efficientnet_cc_b0_{experts}e"]
     net = create_model("cond_tf_efficientnet_b0", experts=experts)
