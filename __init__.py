@@ -8,6 +8,7 @@ from .models import (
     ConfigError,
     ConversionPlan,
     ModelConfig,
+    accelerate_,
     build_model,
     convert_,
     create_model,
@@ -20,14 +21,17 @@ from .models import (
     sharing_groups,
     tune,
 )
+from .models.ops.condconv import CondConvConfig
 from .models.ops.kernel_warehouse import KWConfig
 
 __all__ = [
     "CheckpointError",
+    "CondConvConfig",
     "ConfigError",
     "ConversionPlan",
     "KWConfig",
     "ModelConfig",
+    "accelerate_",
     "build_model",
     "convert_",
     "create_model",

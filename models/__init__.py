@@ -1,6 +1,7 @@
 """Models: backbones of timm, converted to dynamic convolutions."""
 
 from ..configs.schema import ConfigError, ModelConfig, limited
+from .accelerate import accelerate_
 from .build import build_model, create_model, find_preset
 from .checkpoints import (
     DEFAULT_KEY,
@@ -51,6 +52,7 @@ __all__ = [
     "Site",
     "Sites",
     "Tied",
+    "accelerate_",
     "anneals",
     "build_model",
     "convert_",

@@ -55,10 +55,10 @@ class Obstacles:
         return f"it is a {type(layer).__name__}, whose arithmetic may be its own"
 
 
-def hooks_of(module: nn.Module) -> str | None:
-    """What hooks a module or its parameters have, in words."""
+def hooks_of(module: nn.Module, parameters: bool = True) -> str | None:
+    """What hooks a module has, or its parameters too, in words."""
     found = [words for attribute, words in _HOOKS.items() if getattr(module, attribute, None)]
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module.named_parameters(recurse=False) if parameters else ():
         if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
             found.append(f"hooks on its {name}")
     return " and ".join(found) or None

@@ -26,6 +26,7 @@ GROUP = "kernelwarehouse.operators"
 _TABLE: dict[str, tuple[str, str]] = {
     "kernel_warehouse": ("kw", ".ops.kernel_warehouse:KernelWarehouse"),
     "dyconv": ("dy", ".ops.dyconv:DYConv"),
+    "condconv": ("cond", ".ops.condconv:CondConv"),
     "odconv": ("od", ".ops.odconv:ODConv"),
 }
 _OTHERS = "One of another package is brought in by installing it, or by --import MODULE (custom_imports in mmdetection)"

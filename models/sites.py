@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Place, find_family
-from .layers import LAYERS, Layer
+from .layers import LAYERS, Layer, pads_same
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
 
@@ -45,6 +45,9 @@ class Site:
             the network was run.
         turn: See `input_shape`.
         readers: Names of the sites that read its output with no other site between, where that was asked for.
+        parent: Name of the module that it is a part of, the innermost that is no container such as a Sequential; empty
+            where that is the network.
+        pads_same: Whether it pads as TensorFlow's "same", by the size of its input; it is `foreign` then.
         foreign: Why it is not simply a layer of torch.nn, such as a subclass with arithmetic of its own.
         obstacle: Why it cannot be replaced, such as hooks that would be lost.
     """
@@ -68,6 +71,8 @@ class Site:
     input_shape: tuple[int, ...] | None = None
     turn: int | None = None
     readers: tuple[str, ...] = ()
+    parent: str = ""
+    pads_same: bool = False
     foreign: str | None = None
     obstacle: str | None = None
 
@@ -161,6 +166,8 @@ def find_sites(
                 repeats=repeats,
                 input_shape=trace.shapes.get(name),
                 turn=list(trace.shapes).index(name) if name in trace.shapes else None,
+                parent=_parent(found, name),
+                pads_same=pads_same(layer),
                 foreign=obstacles.foreign(layer),
                 obstacle=obstacles.find(name, layer),
             )
@@ -173,6 +180,13 @@ def find_sites(
         parameters=sum(p.numel() for p in net.parameters()),
         untraced=trace.error,
     )
+
+
+def _parent(modules: Mapping[str, nn.Module], name: str) -> str:
+    parent = name.rpartition(".")[0]
+    while parent and isinstance(modules[parent], nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def check_network(net: nn.Module) -> None:

@@ -42,6 +42,7 @@ class Layer:
         count: How many there are.
         seconds: By implementation, once they are.
         taken: The fastest of them by `tune`, "auto" where that is what is estimated.
+        received: What it was given beside its input.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     count: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     taken: str = "auto"
+    received: tuple[Tensor, ...] = ()
 
     @property
     def candidates(self) -> Mapping[str, Implementation]:
@@ -76,7 +78,7 @@ class Layer:
 
         def forward(x: Tensor) -> Tensor:
             self.module.implementation = implementation
-            return self.module.forward(x)  # without hooks, whose owner does not expect the calls
+            return self.module.forward(x, *self.received)  # without hooks, whose owner does not expect the calls
 
         return step(forward, self.x, self.y, {"parameters": self.learned}, self.training)
 
@@ -98,6 +100,7 @@ def distinct_layers(model: nn.Module, x: Tensor, training: bool) -> list[Layer]:
         if signature not in layers:
             seen = args[0].detach().requires_grad_(args[0].requires_grad)
             layers[signature] = Layer(paths[module], module, seen, y.detach(), signature, learned, training)
+            layers[signature].received = tuple(t.detach() for t in args[1:] or module.received())
         layers[signature].count += 1
 
     modes = {module: module.training for module in model.modules()}

@@ -106,6 +106,13 @@ class DynamicLayer(nn.Module):
         """The implementations that `implementation` may name, beside "auto"; none where there is but one."""
         return {}
 
+    def received(self) -> tuple[Tensor, ...]:
+        """What its `forward` takes beside its input when it is called by itself, as the network gives it here and now.
+
+        That is for layers which something else in the network tells what to do, such as their block.
+        """
+        return ()
+
     def signature(self, x: Tensor) -> Any:
         """What decides how the layer is computed for an input x, here and now: the argument of `select`."""
         del x
@@ -242,6 +249,16 @@ class Operator(ABC):
         self.check_merge(layers, **options)
         del x_shapes
         return []
+
+    def accelerated(self, module: nn.Module) -> DynamicLayer | None:
+        """A layer of ours for one of another library that computes the same; None for any other module.
+
+        It holds the very parameters of that layer, under the same names.
+
+        Raises:
+            ValueError: Such a layer, whose parameters are computed from others.
+        """
+        del module
 
     def export_obstacle(self, target: str) -> str | None:
         """Why a network of this operator cannot be exported to a target such as "onnx", or None."""

@@ -114,10 +114,18 @@ class ExpertsConv(DynamicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, Cin, *spatial) → (B, Cout, *output spatial)."""
+        self.check_input(x)
+        return self.convolve(x, self.mixing(x))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError for what are not images (B, Cin, *spatial)."""
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
             sizes = ", ".join("DHW"[-self.dims :])
             raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
-        alpha, in_scale, out_scale = self.mixing(x)
+
+    def convolve(self, x: Tensor, mixing: Mixing) -> Tensor:
+        """(B, Cin, *spatial) → (B, Cout, *output spatial), with kernels that are made so."""
+        alpha, in_scale, out_scale = mixing
         if alpha is None and self.implementation == "auto":
             y = static_conv(scaled(x, in_scale), self.weight[0], self.geometry)
             return add_bias(scaled(y, out_scale), self._bias(None))
