@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_, set_implementation
-from kernelwarehouse.models import find_preset, read_config, sharing
+from kernelwarehouse.models import dynamic_layers, find_preset, read_config
 
 from .clock import HALF
 
@@ -28,7 +28,7 @@ class Contender:
         name: What the table calls it: static, upstream, ours, one of `MERGED`, or an implementation that is forced.
         config: Its configuration.
         layout: Memory layout of weights and images, a name in `LAYOUTS`.
-        implementation: As `set_implementation`; None for the static network.
+        implementation: As `set_implementation`; None for the static network. Upstream's is its layers' `as_authors`.
     """
 
     name: str
@@ -49,12 +49,11 @@ class Contender:
         net = build_model(self.config)
         update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
         net = net.to(device, memory_format=LAYOUTS[self.layout])
-        if self.implementation:
+        if self.name == UPSTREAM:
+            for layer in dynamic_layers(net).values():
+                layer.as_authors()
+        elif self.implementation:
             set_implementation(net, self.implementation, otherwise="auto")
-        if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
-            for name in sharing(net):
-                cells = net.get_parameter(name)
-                cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
         return net
 
     def build_for(self, images: Tensor, precision: str) -> nn.Module:
