@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,19 +25,19 @@ from typing import Any
 
 import torch
 from timing import chart, layers
-from timing.clock import PRECISIONS, arithmetic, autocast, step
+from timing.clock import PRECISIONS, arithmetic, autocast
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
 from timing.networks import MERGED, Contender, Pair, compiled
 from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
-from torch import Tensor, nn
+from timing.rounds import time_case
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
 from kernelwarehouse.models import dynamic_layers, get_operator
-from kernelwarehouse.models.tuning import distinct_layers, measure, tune
+from kernelwarehouse.models.tuning import distinct_layers, tune
 
 SWEEPS = {
     "budget": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -111,27 +110,6 @@ def check_case(
     if others:
         worst = max(worst, check_outputs(net, x, (other(net, mode) for other in others)))
     return worst
-
-
-def time_case(
-    networks: dict[Contender, tuple[nn.Module, Tensor]], mode: str, precision: str, rounds: int, warm_up: int = 1
-) -> dict[Contender, list[float]]:
-    """Seconds of every round of networks on their images; of the layouts of a network, only the faster is kept.
-
-    Raises:
-        SystemExit: A batch that does not fit in memory, or that a network cannot train on.
-    """
-    steps = {contender: step(*network, mode == "train", precision) for contender, network in networks.items()}
-    images = next(x for _, x in networks.values())
-    try:
-        with arithmetic(precision):
-            seconds = measure(steps, rounds, images.device, warm_up)
-    except (ValueError, torch.OutOfMemoryError) as e:  # BatchNorm refuses a single value per channel
-        raise SystemExit(f"error: {mode} with batches of {len(images)}: {e}") from e
-    fastest: dict[str, Contender] = {}
-    for contender in sorted(seconds, key=lambda c: statistics.median(seconds[c])):
-        fastest.setdefault(contender.name, contender)
-    return {contender: seconds[contender] for contender in seconds if fastest[contender.name] is contender}
 
 
 def time_networks(

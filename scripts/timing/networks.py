@@ -70,6 +70,11 @@ class Contender:
         return x.contiguous(memory_format=LAYOUTS[self.layout])
 
 
+def static_twin(config: ModelConfig) -> ModelConfig:
+    """The same backbone, unconverted."""
+    return dataclasses.replace(config, model=find_preset(config.model).backbone, operator=None, operator_fields={})
+
+
 def compiled(net: nn.Module, mode: str) -> nn.Module:
     """The network by torch.compile, as one graph for images of one size."""
     torch._dynamo.config.recompile_limit = 64  # networks share the code of timm's modules; beyond it there is an error
@@ -110,9 +115,7 @@ class Pair:
                 f"{model}: {converted.model} is a static network; give the configuration of a converted one"
             )
         if static is None:
-            twin = dataclasses.replace(
-                converted, model=find_preset(converted.model).backbone, operator=None, operator_fields={}
-            )
+            twin = static_twin(converted)
         else:
             images = {"in_chans": converted.in_chans, "input_size": converted.input_size, "pretrained": False}
             twin = read_config(static, images).model
