@@ -32,11 +32,12 @@ from timing.networks import MERGED, Contender, Pair, compiled
 from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
 from timing.rounds import time_case
+from torch import nn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
-from kernelwarehouse.models import dynamic_layers, get_operator
+from kernelwarehouse.models import dynamic_layers, get_operator, plans
 from kernelwarehouse.models.tuning import distinct_layers, tune
 
 SWEEPS = {
@@ -95,21 +96,24 @@ def implementation_names(config: ModelConfig) -> list[str]:
 
 def check_case(
     case: Case, side: int, implementations: Sequence[str], device: torch.device, mode: str | None = None
-) -> float:
+) -> float | None:
     """`check_parity` of the converted network with images of that side; of a folded or compiled one, of its outputs.
+
+    None for a network that there is nothing to compare with.
 
     Raises:
         SystemExit: As `check_parity`.
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
-    worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in MERGED)))
+    forced = (name for name in implementations if name not in MERGED)
+    found = [check_parity(net, x, ("auto", *forced))] if case.pair.no_authors is None else []
     net, x = net.double().eval(), x.double()
     others = [compiled] if mode else []
     others += [lambda net, _: merge_(net, x)] if MERGED.keys() & set(implementations) else []  # in place, so the last
     if others:
-        worst = max(worst, check_outputs(net, x, (other(net, mode) for other in others)))
-    return worst
+        found.append(check_outputs(net, x, (other(net, mode) for other in others)))
+    return max(found, default=None)
 
 
 def time_networks(
@@ -155,12 +159,13 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
     cases = read_cases(arguments)
     # Below 64×64 BatchNorm would see one or two values per channel, and gradients rounding errors only.
     sides = [max(case.pair.converted.input_size, 64) for case in cases]
-    parity = max(
+    found = [
         check_case(case, side, arguments.implementation, device, arguments.compile)
         for case, side in zip(cases, sides, strict=True)
-    )
+    ]
+    parity = max((value for value in found if value is not None), default=None)
     machine = Machine.measure(device, arguments.precision)
-    print(f"{_heading(arguments, device)}; parity {parity:.0e}\n{machine}\n")
+    print(f"{_heading(arguments, device)}; {_parity(parity)}\n{machine}\n")
     columns = {**WIDTHS, **(MEMORY_WIDTHS if arguments.memory else {})}
     print(table_head(columns))
     kept = []
@@ -179,14 +184,19 @@ def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     (case,) = read_cases(arguments)
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
+    static = Contender("static", case.pair.static, "NHWC").build(device)
     names = implementation_names(case.pair.converted)
-    parity = check_case(case, 64, [*(name for name in names if name not in ("reference", "triton")), "merged"], device)
-    print(f"{_heading(arguments, device)}; parity {parity:.0e}")
+    compared = [
+        *(name for name in names if name not in ("reference", "triton")),
+        *(["merged"] if _can_merge(net) else []),
+    ]
+    parity = check_case(case, 64, compared, device)
+    print(f"{_heading(arguments, device)}; {_parity(parity)}")
     for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
         with autocast(precision, device):
             found = distinct_layers(net, contender.images(batch, device), mode == "train")
         for layer in found:
-            layers.time_layer(layer, precision, arguments.rounds)
+            layers.time_layer(layer, static.get_submodule(layer.name), precision, arguments.rounds)
         print(f"\n{mode}, {precision}, batches of {batch}: milliseconds\n\n{layers.table(found)}", flush=True)
         rows = [layers.record(layer) for layer in found]
         kept.append({"mode": mode, "precision": precision, "batch": batch, "layers": rows})
@@ -279,6 +289,20 @@ def _positive(kind: type) -> Callable[[str], float]:
 
     read.__name__ = f"positive {kind.__name__}"  # which argparse puts into its message
     return read
+
+
+def _can_merge(net: nn.Module) -> bool:
+    layers = dynamic_layers(net)
+    try:
+        for operator in {plan.operator for plan in plans(net)}:
+            get_operator(operator).check_merge(layers)
+    except ValueError:
+        return False
+    return True
+
+
+def _parity(worst: float | None) -> str:
+    return "no formulation of its authors to compare with" if worst is None else f"parity {worst:.0e}"
 
 
 def _heading(arguments: argparse.Namespace, device: torch.device) -> str:

@@ -44,7 +44,7 @@ def configurations() -> list[dict[str, Any]]:
 
 def operators(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Print the table of every operator on one backbone, draw it if asked to, and return what files keep."""
-    cost, rows = find_rows(arguments.backbone, arguments.size)
+    cost, rows = find_rows(arguments.backbone, arguments.size, arguments.operators)
     for row in rows:
         check(row, device)
     for row in rows:
@@ -124,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--backbone", metavar="NAME", help="folder of shipped configurations, or a name of timm's: time it")
+    add("--operators", nargs="+", default=[], metavar="NAME", help="default: all that are registered")
     text = "what is timed: infer or train, and the batch; default: " + " ".join(CASES)
     add("--cases", type=Case.read, nargs="+", default=[*map(Case.read, CASES)], metavar="MODE:N", help=text)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))

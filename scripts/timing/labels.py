@@ -1,9 +1,11 @@
 """Labels beside points of a picture that overlap neither each other nor a point or a line."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
@@ -32,8 +34,7 @@ def place_labels(
         Where the labels are, in pixels of the figure. One for which there is no free place within the axes is written
         where it overlaps least.
     """
-    canvas = axis.figure.canvas
-    renderer = (canvas if isinstance(canvas, FigureCanvasAgg) else FigureCanvasAgg(axis.figure)).get_renderer()
+    renderer = renderer_of(axis.figure)
     unit = 5 * renderer.points_to_pixels(1)  # half a marker and a gap
     inside = axis.get_window_extent(renderer)
     marks = [_around(*axis.transData.transform([point, point]), 0.7 * unit) for point in (*points, *others)]
@@ -59,7 +60,13 @@ def place_labels(
     return taken
 
 
-def _places(x: float, y: float, width: float, height: float, unit: float):
+def renderer_of(figure: Any) -> RendererBase:
+    """What measures the texts of a figure."""
+    canvas = figure.canvas
+    return (canvas if isinstance(canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)).get_renderer()
+
+
+def _places(x: float, y: float, width: float, height: float, unit: float) -> Iterator[Bbox]:
     for ring, (right, up) in itertools.product(_RINGS, _SIDES):
         left = x + unit * ring if right > 0 else x - unit * ring - width if right < 0 else x - width / 2
         bottom = y + unit * ring if up > 0 else y - unit * ring - height if up < 0 else y - height / 2

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def static_twin(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, model=find_preset(config.model).backbone, operator=None, operator_fields={})
 
 
+def meta_network(config: ModelConfig) -> nn.Module:
+    """The network without memory for its weights.
+
+    Raises:
+        ValueError: It cannot be built.
+    """
+    with torch.device("meta"):
+        return build_model(dataclasses.replace(config, pretrained=False))
+
+
 def compiled(net: nn.Module, mode: str) -> nn.Module:
     """The network by torch.compile, as one graph for images of one size."""
     torch._dynamo.config.recompile_limit = 64  # networks share the code of timm's modules; beyond it there is an error
@@ -125,11 +136,29 @@ class Pair:
                 )
         return cls(converted, twin)
 
+    @cached_property
+    def no_authors(self) -> str | None:
+        """Why the converted network cannot be computed by the authors' formulation; None if it can.
+
+        Raises:
+            ValueError: A configuration that cannot be built.
+        """
+        try:
+            for layer in dynamic_layers(meta_network(self.converted)).values():
+                layer.as_authors()
+        except ValueError as e:
+            return str(e)
+
     def contenders(self, implementations: Sequence[str] = ()) -> list[Contender]:
-        """The static network, upstream's formulation as upstream lays it out, ours, and what else is asked for."""
+        """The static network, upstream's formulation in its layout if there is one, ours, and what else is asked for.
+
+        Raises:
+            ValueError: A configuration that cannot be built.
+        """
+        upstream = [Contender(UPSTREAM, self.converted, "NCHW", "grouped")]
         ours = {"ours": "auto", **{name: "auto" if name in MERGED else name for name in implementations}}
         return [
             *(Contender("static", self.static, layout) for layout in LAYOUTS),
-            Contender(UPSTREAM, self.converted, "NCHW", "grouped"),
+            *(upstream if self.no_authors is None else []),
             *(Contender(name, self.converted, layout, forced) for name, forced in ours.items() for layout in LAYOUTS),
         ]

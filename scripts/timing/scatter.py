@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], cases: Sequence[Case], parameters: int, backbone: 
         points = [(_millions(row), row.ratios[case][OURS].median) for row in timed]
         theirs = [row for row in timed if UPSTREAM in row.ratios[case]]
         others = [(_millions(row), row.ratios[case][UPSTREAM].median) for row in theirs]
-        lines = [(_millions(row), *(row.ratios[case][name].median for name in (OURS, UPSTREAM))) for row in theirs]
+        lines = [(x, row.ratios[case][OURS].median, y) for (x, y), row in zip(others, theirs, strict=True)]
         place_labels(axis, points, names, [*others, (parameters / 1e6, 1.0)], lines)
     return figure
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelwarehouse import ConfigError, ModelConfig, build_model, plans
+from kernelwarehouse import ConfigError, ModelConfig, plans
 from kernelwarehouse.configs.schema import Config, find_config
 from kernelwarehouse.models import read_config
 
-from .networks import static_twin
+from .networks import meta_network, static_twin
 
 ROOT = find_config("resnet18/resnet18").parent.parent
 # By a file's name, of those for ImageNet's classes: the authors' count of parameters in millions, and top-1 in percent.
@@ -111,16 +110,6 @@ def cells(record: dict[str, Any]) -> list[str]:
         if record[name] is not None:
             shown[name] = format(record[name] / (1e6 if name == "parameters" else 1e9), form)
     return list(shown.values())
-
-
-def meta_network(config: ModelConfig) -> nn.Module:
-    """The network without memory for its weights.
-
-    Raises:
-        ValueError: It cannot be built.
-    """
-    with torch.device("meta"):
-        return build_model(dataclasses.replace(config, pretrained=False))
 
 
 @cache

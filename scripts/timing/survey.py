@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from kernelwarehouse.models import dynamic_layers, operator_names, read_config
+from kernelwarehouse.models import get_operator, operator_names, read_config
 
 from .memory import working_bytes
-from .networks import UPSTREAM, Pair
+from .networks import Pair
 from .parity import check_parity
 from .rounds import time_case
-from .shipped import Cost, folders, meta_network, shipped
+from .shipped import Cost, folders, shipped
 
 STATIC, OURS = "static", "ours"
 _SMALLEST = 64  # side of images below which BatchNorm would see one or two values per channel when results are compared
@@ -78,7 +78,6 @@ class Row:
         pair: The networks; None where the operator cannot convert the backbone.
         cost: What the converted network costs.
         remarks: Why something is missing.
-        has_authors: Whether the authors' formulation is timed too.
         parity: The largest relative difference between the two in outputs and gradients, in float64.
         static_seconds: By case, of each round of the static network in its faster layout.
         ratios: By case, of ours and of the authors' formulation ("upstream").
@@ -90,7 +89,6 @@ class Row:
     pair: Pair | None = None
     cost: Cost | None = None
     remarks: list[str] = field(default_factory=list)
-    has_authors: bool = False
     parity: float | None = None
     static_seconds: dict[Case, list[float]] = field(default_factory=dict)
     ratios: dict[Case, dict[str, Ratio]] = field(default_factory=dict)
@@ -103,17 +101,13 @@ class Row:
         try:
             pair = Pair.read(fields, side=side)
             row.cost = Cost.of(pair.converted)
-            layers = dynamic_layers(meta_network(pair.converted)).values()
+            missing = pair.no_authors
         except ValueError as e:
             row.remarks.append(f"not converted: {' '.join(str(e).split())}")
             return row
         row.pair = pair
-        try:
-            for layer in layers:
-                layer.as_authors()
-            row.has_authors = True
-        except ValueError as e:
-            row.remarks.append(f"not compared: {e}")
+        if missing is not None:
+            row.remarks.append(f"not compared: {missing}")
         return row
 
     def memory_ratio(self, network: str) -> float | None:
@@ -121,21 +115,24 @@ class Row:
         return self.memory[network] / self.memory[STATIC] if network in self.memory else None
 
 
-def find_rows(backbone: str, side: int | None) -> tuple[Cost, list[Row]]:
+def find_rows(backbone: str, side: int | None, operators: Sequence[str] = ()) -> tuple[Cost, list[Row]]:
     """What the static network costs, and for every operator its shipped configurations or, without any, its defaults.
 
     Args:
         backbone: A folder of shipped configurations, or a name of timm's.
         side: Of the images, in place of the configurations'.
+        operators: The operators; none for all that are known.
 
     Raises:
-        ConfigError: No such network, or one that takes no such images.
+        ConfigError: No such network or operator, or one that takes no such images.
     """
     files = list(shipped([backbone] if backbone in folders() else []))
     base = next((one.config.to_fields() for one in files if not one.config.model.operator), {"model": backbone})
     size = {} if side is None else {"input_size": side}
     cost, rows = Cost.of(read_config(base, size).model), []
-    for operator in operator_names():
+    for operator in operators:
+        get_operator(operator)
+    for operator in operators or operator_names():
         own = [one.file for one in files if one.config.model.operator == operator]
         rows += [Row.make(file.stem, operator, file, side) for file in own]
         if not own:
@@ -149,7 +146,7 @@ def check(row: Row, device: torch.device) -> None:
     Raises:
         SystemExit: As `check_parity`.
     """
-    if row.pair is not None and row.has_authors:
+    if row.pair is not None and row.pair.no_authors is None:
         contender = next(c for c in row.pair.contenders() if c.name == OURS)
         config = dataclasses.replace(contender.config, input_size=max(contender.config.input_size, _SMALLEST))
         contender = dataclasses.replace(contender, config=config)
@@ -166,8 +163,7 @@ def measure(
     """
     if row.pair is None:
         return
-    contenders = [c for c in row.pair.contenders() if row.has_authors or c.name != UPSTREAM]
-    built = {contender: contender.build(device) for contender in contenders}
+    built = {contender: contender.build(device) for contender in row.pair.contenders()}
     for case in cases:
         networks = {contender: (net, contender.images(case.batch, device)) for contender, net in built.items()}
         timed = time_case(networks, case.mode, precision, rounds)
