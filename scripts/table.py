@@ -47,7 +47,9 @@ def operators(arguments: argparse.Namespace, device: torch.device) -> list[dict[
     cost, rows = find_rows(arguments.backbone, arguments.size, arguments.operators)
     for row in rows:
         check(row, device)
+        print(f"{row.name}: {row.compared()}", file=sys.stderr, flush=True)
     for row in rows:
+        print(f"{row.name}: timing", file=sys.stderr, flush=True)
         measure(row, arguments.cases, arguments.rounds, arguments.precision, not arguments.no_memory, device)
     parity = max((row.parity for row in rows if row.parity is not None), default=None)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -110,6 +110,10 @@ class Row:
             row.remarks.append(f"not compared: {missing}")
         return row
 
+    def compared(self) -> str:
+        """In words, what came of the comparison with the authors' formulation."""
+        return "; ".join(self.remarks) if self.parity is None else f"parity {self.parity:.0e}"
+
     def memory_ratio(self, network: str) -> float | None:
         """Memory over the static network's; None where it was not measured."""
         return self.memory[network] / self.memory[STATIC] if network in self.memory else None
