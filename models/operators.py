@@ -25,6 +25,8 @@ GROUP = "kernelwarehouse.operators"
 # Name → prefix of its models' names, and where it is.
 _TABLE: dict[str, tuple[str, str]] = {
     "kernel_warehouse": ("kw", ".ops.kernel_warehouse:KernelWarehouse"),
+    "dyconv": ("dy", ".ops.dyconv:DYConv"),
+    "odconv": ("od", ".ops.odconv:ODConv"),
 }
 _OTHERS = "One of another package is brought in by installing it, or by --import MODULE (custom_imports in mmdetection)"
 _registered: dict[str, Operator] = {}

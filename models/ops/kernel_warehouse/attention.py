@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cpu import unavailable
+from ..norms import normalised
 from ..per_sample_conv import triton_conv
 from .coefficients import ATTENTION, COEFFICIENTS, coefficients, mean
 from .watched import BatchNorm1d, LayerNorm, Linear, Watched, is_untouched
@@ -114,20 +115,7 @@ class Attention(Watched):
 
     def hidden(self, pooled: Tensor) -> Tensor:
         """h = ReLU(Norm(FC1(mean of x over space))): (B, C) → (B, hidden)."""
-        return F.relu(self._normalised(self.fc1(pooled)))
-
-    def _normalised(self, h: Tensor) -> Tensor:
-        """Norm(h), also where another package has put a norm of its own in the place of ours.
-
-        One value has no variance to normalise by: a batch of one is normalised by the running statistics, as in
-        evaluation, and leaves them as they are.
-        """
-        norm = self.norm
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and len(h) == 1 and not _spans(norm):
-            return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-        if isinstance(norm, nn.BatchNorm2d):  # such as timm's for split batches
-            return norm(h[..., None, None]).flatten(1)
-        return norm(h)
+        return F.relu(normalised(self.norm, self.fc1(pooled)))
 
     def logits(self, h: Tensor, offset: bool = True) -> Tensor:
         """z, with what it has where h is 0 or without: (B, hidden) → (B, m, n + 1)."""
@@ -187,12 +175,6 @@ def _restore_assignment(attention: Attention, _incompatible_keys: Any) -> None:
     """Make β where weights have come in the place of those on meta (`load_state_dict(assign=True)`)."""
     if attention.assignment.device != attention.fc1.weight.device:
         attention.assignment = attention._beta(attention.fc1.weight)
-
-
-def _spans(norm: nn.Module) -> bool:
-    """Whether a norm takes its statistics from the batches of several processes."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return isinstance(norm, nn.SyncBatchNorm) and several and torch.distributed.get_world_size() > 1
 
 
 def hidden_width(in_channels: int, reduction: float) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ...sites import Site, Sites
 from ..patterns import check_patterns, first_match, matches
+from ..placement import check_site
 from .attention import parameter_count
 from .config import KWConfig
 from .labels import TABLES, Table, label_by_structure
@@ -21,7 +22,7 @@ def make_plan(sites: Sites, config: KWConfig) -> KWPlan:
         if not name.isidentifier():
             raise ValueError(f"warehouse {name!r}: a name may hold letters, digits and underscores only")
     for site in itertools.chain.from_iterable(groups.values()):
-        _check_site(site)
+        check_site(site)
     for field in ("cell_num_ratio", "cell_inplane_ratio", "cell_outplane_ratio", "nonlocal_basis_ratio"):
         value = getattr(config, field)
         if isinstance(value, tuple) and len(value) != len(groups):
@@ -46,23 +47,6 @@ def make_plan(sites: Sites, config: KWConfig) -> KWPlan:
         norm=norm,
         shared_parameters=sum(math.prod(w.shape) for w in warehouses),
     )
-
-
-def _check_site(site: Site) -> None:
-    if site.obstacle:
-        raise ValueError(site.obstacle)
-    if site.foreign:
-        raise ValueError(f"{site.name} cannot be converted: {site.foreign}; exclude it")
-    if site.repeats == 0:
-        raise ValueError(
-            f"{site.name} reads an input whose first dimension is not the batch ({site.input_shape} with the example), "
-            "and would mix one kernel for parts of several samples: use batch_first=True in the network, or exclude it"
-        )
-    if site.repeats is None:
-        raise ValueError(
-            f"{site.name} is a linear layer, and whether the first dimension of its input is the batch could not be "
-            "found out: pass example_input"
-        )
 
 
 def _group(

@@ -23,6 +23,7 @@ __all__ = [
     "per_sample_conv",
     "per_sample_conv_from_geometry",
     "reference",
+    "static_conv",
     "triton_conv",
     "windows",
 ]
@@ -84,6 +85,12 @@ def per_sample_conv_from_geometry(
     elif implementation == "depthwise" and (reason := no_depthwise(x, weight, geometry)):
         raise ValueError(f"implementation 'depthwise' cannot compute this: {reason}; 'auto' takes another")
     return IMPLEMENTATIONS[implementation](x, weight, geometry)
+
+
+def static_conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """conv(x, W) with one kernel (Cout, Cin/groups, *kernel) for all samples, as torch does it."""
+    x, padding = geometry.split_padding(x)
+    return CONV[len(geometry.stride)](x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
 def _choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
