@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,19 +25,20 @@ from typing import Any
 
 import torch
 from timing import chart, layers
-from timing.clock import PRECISIONS, arithmetic, autocast, step
+from timing.clock import PRECISIONS, arithmetic, autocast
 from timing.floor import Floor, Machine
 from timing.memory import check_measurable, peak_bytes
 from timing.networks import MERGED, Contender, Pair, compiled
 from timing.parity import check_outputs, check_parity
 from timing.results import MEMORY_WIDTHS, WIDTHS, Result, compare, table_head, table_row
-from torch import Tensor, nn
+from timing.rounds import time_case
+from torch import nn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_
 from kernelwarehouse.engine import check_picture, keep_freed_memory
 from kernelwarehouse.engine.outputs import check_file
-from kernelwarehouse.models import dynamic_layers, get_operator
-from kernelwarehouse.models.tuning import distinct_layers, measure, tune
+from kernelwarehouse.models import dynamic_layers, get_operator, plans
+from kernelwarehouse.models.tuning import distinct_layers, tune
 
 SWEEPS = {
     "budget": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
@@ -96,42 +96,24 @@ def implementation_names(config: ModelConfig) -> list[str]:
 
 def check_case(
     case: Case, side: int, implementations: Sequence[str], device: torch.device, mode: str | None = None
-) -> float:
+) -> float | None:
     """`check_parity` of the converted network with images of that side; of a folded or compiled one, of its outputs.
+
+    None for a network that there is nothing to compare with.
 
     Raises:
         SystemExit: As `check_parity`.
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
     net, x = contender.build(device), contender.images(2, device)
-    worst = check_parity(net, x, ("auto", *(name for name in implementations if name not in MERGED)))
+    forced = (name for name in implementations if name not in MERGED)
+    found = [check_parity(net, x, ("auto", *forced))] if case.pair.no_authors is None else []
     net, x = net.double().eval(), x.double()
     others = [compiled] if mode else []
     others += [lambda net, _: merge_(net, x)] if MERGED.keys() & set(implementations) else []  # in place, so the last
     if others:
-        worst = max(worst, check_outputs(net, x, (other(net, mode) for other in others)))
-    return worst
-
-
-def time_case(
-    networks: dict[Contender, tuple[nn.Module, Tensor]], mode: str, precision: str, rounds: int, warm_up: int = 1
-) -> dict[Contender, list[float]]:
-    """Seconds of every round of networks on their images; of the layouts of a network, only the faster is kept.
-
-    Raises:
-        SystemExit: A batch that does not fit in memory, or that a network cannot train on.
-    """
-    steps = {contender: step(*network, mode == "train", precision) for contender, network in networks.items()}
-    images = next(x for _, x in networks.values())
-    try:
-        with arithmetic(precision):
-            seconds = measure(steps, rounds, images.device, warm_up)
-    except (ValueError, torch.OutOfMemoryError) as e:  # BatchNorm refuses a single value per channel
-        raise SystemExit(f"error: {mode} with batches of {len(images)}: {e}") from e
-    fastest: dict[str, Contender] = {}
-    for contender in sorted(seconds, key=lambda c: statistics.median(seconds[c])):
-        fastest.setdefault(contender.name, contender)
-    return {contender: seconds[contender] for contender in seconds if fastest[contender.name] is contender}
+        found.append(check_outputs(net, x, (other(net, mode) for other in others)))
+    return max(found, default=None)
 
 
 def time_networks(
@@ -177,12 +159,13 @@ def run_networks(arguments: argparse.Namespace, device: torch.device) -> dict[st
     cases = read_cases(arguments)
     # Below 64×64 BatchNorm would see one or two values per channel, and gradients rounding errors only.
     sides = [max(case.pair.converted.input_size, 64) for case in cases]
-    parity = max(
+    found = [
         check_case(case, side, arguments.implementation, device, arguments.compile)
         for case, side in zip(cases, sides, strict=True)
-    )
+    ]
+    parity = max((value for value in found if value is not None), default=None)
     machine = Machine.measure(device, arguments.precision)
-    print(f"{_heading(arguments, device)}; parity {parity:.0e}\n{machine}\n")
+    print(f"{_heading(arguments, device)}; {_parity(parity)}\n{machine}\n")
     columns = {**WIDTHS, **(MEMORY_WIDTHS if arguments.memory else {})}
     print(table_head(columns))
     kept = []
@@ -201,14 +184,19 @@ def run_layers(arguments: argparse.Namespace, device: torch.device) -> dict[str,
     (case,) = read_cases(arguments)
     contender = Contender("ours", case.pair.converted, "NHWC", "auto")
     net, kept = contender.build(device), []
+    static = Contender("static", case.pair.static, "NHWC").build(device)
     names = implementation_names(case.pair.converted)
-    parity = check_case(case, 64, [*(name for name in names if name not in ("reference", "triton")), "merged"], device)
-    print(f"{_heading(arguments, device)}; parity {parity:.0e}")
+    compared = [
+        *(name for name in names if name not in ("reference", "triton")),
+        *(["merged"] if _can_merge(net) else []),
+    ]
+    parity = check_case(case, 64, compared, device)
+    print(f"{_heading(arguments, device)}; {_parity(parity)}")
     for mode, precision, batch in itertools.product(arguments.mode, arguments.precision, arguments.batch):
         with autocast(precision, device):
             found = distinct_layers(net, contender.images(batch, device), mode == "train")
         for layer in found:
-            layers.time_layer(layer, precision, arguments.rounds)
+            layers.time_layer(layer, static.get_submodule(layer.name), precision, arguments.rounds)
         print(f"\n{mode}, {precision}, batches of {batch}: milliseconds\n\n{layers.table(found)}", flush=True)
         rows = [layers.record(layer) for layer in found]
         kept.append({"mode": mode, "precision": precision, "batch": batch, "layers": rows})
@@ -301,6 +289,20 @@ def _positive(kind: type) -> Callable[[str], float]:
 
     read.__name__ = f"positive {kind.__name__}"  # which argparse puts into its message
     return read
+
+
+def _can_merge(net: nn.Module) -> bool:
+    layers = dynamic_layers(net)
+    try:
+        for operator in {plan.operator for plan in plans(net)}:
+            get_operator(operator).check_merge(layers)
+    except ValueError:
+        return False
+    return True
+
+
+def _parity(worst: float | None) -> str:
+    return "no formulation of its authors to compare with" if worst is None else f"parity {worst:.0e}"
 
 
 def _heading(arguments: argparse.Namespace, device: torch.device) -> str:

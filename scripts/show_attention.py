@@ -76,7 +76,7 @@ def load(checkpoint: Path, key: str) -> tuple[nn.Module, Config]:
     config = read_config(content["config"])
     model = build_model(config.model, pretrained=False)
     load_checkpoint(model, checkpoint, key)
-    if not any(hasattr(layer, "attention") for layer in dynamic_layers(model).values()):
+    if not attentions(model):
         raise CheckpointError(f"{checkpoint}: {config.model.model} has no attention over what layers share")
     return model.eval(), config
 
@@ -95,22 +95,26 @@ def read_images(paths: Sequence[Path], config: Config) -> Tensor:
     return torch.stack(images)
 
 
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions over cells that layers share, by the name of the layer."""
+    found = {name: getattr(layer, "attention", None) for name, layer in dynamic_layers(model).items()}
+    return {name: attention for name, attention in found.items() if hasattr(attention, "own_cells")}
+
+
 @torch.inference_mode()
 def collect(model: nn.Module, images: Tensor) -> list[LayerAttention]:
     """Return the attention of each converted layer to the images, in the order of the network's modules."""
     found: dict[str, Tensor] = {}
     shared = {layer.name: " ".join(layer.shares) for plan in plans(model) for layer in plan.layers}
-    attentions = {name: layer.attention for name, layer in dynamic_layers(model).items() if hasattr(layer, "attention")}
+    own = attentions(model)
     hooks = [
         attention.register_forward_hook(lambda _module, _input, output, name=name: found.update({name: output}))
-        for name, attention in attentions.items()
+        for name, attention in own.items()
     ]
     model(images)
     for hook in hooks:
         hook.remove()
-    return [
-        LayerAttention(name, shared[name], a.own_cells, a.assignment, found[name]) for name, a in attentions.items()
-    ]
+    return [LayerAttention(name, shared[name], a.own_cells, a.assignment, found[name]) for name, a in own.items()]
 
 
 def draw(layers: Sequence[LayerAttention]) -> Figure:

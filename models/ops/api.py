@@ -20,6 +20,8 @@ from ..translation import Translation, original_translation
 from .selection import Implementation
 from .tied import Temperature, Tied
 
+AUTHORS = "grouped"  # the implementation that is the authors' formulation
+
 
 class OperatorConfig(Fields):
     """The fields of an operator: a frozen dataclass, whose docstring describes each in a section "Attributes".
@@ -120,6 +122,19 @@ class DynamicLayer(nn.Module):
     def unsupported(self, implementation: str) -> str | None:
         """Why an implementation cannot compute the layer, whatever the input's size; None if it can."""
         del implementation
+
+    def as_authors(self) -> None:
+        """Compute by the formulation of the operator's authors from now on, with the same weights, to compare with.
+
+        It is the implementation "grouped", of all layers that are made of `mixture_conv`. An operator whose parameters
+        lie otherwise in memory than its authors' moves them there too.
+
+        Raises:
+            ValueError: The layer has no such implementation; nothing is changed.
+        """
+        if AUTHORS not in self.candidates():
+            raise ValueError(f"{type(self).__name__} has no implementation {AUTHORS!r}, the formulation of its authors")
+        self.implementation = AUTHORS
 
     def orders(self, y: Tensor) -> list[tuple[int, int, int]]:
         """The orders in which the layer can be computed, given an output y of one sample, to bound its time from below.

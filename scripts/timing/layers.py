@@ -2,58 +2,54 @@
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from kernelwarehouse.models.tuning import Layer, Results, measure, step
+from kernelwarehouse.models.tuning import Layer, measure, step
 
 from .clock import HALF, arithmetic, autocast
 from .results import table_head, table_row
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-
-def time_layer(layer: Layer, precision: str, rounds: int) -> None:
-    """Fill in `seconds`: of whole layers with their attention, and of a static layer of the same shape."""
+def time_layer(layer: Layer, static: nn.Module, precision: str, rounds: int) -> None:
+    """Fill in `seconds`: of whole layers with their attention, and of the static layer in its place."""
     module, device = layer.module, layer.x.device
-    steps = {"static": _static_step(layer)}
+    static = static.train(layer.training)
+    steps = {"static": step(static, layer.x, layer.y, {"parameters": list(static.parameters())}, layer.training)}
     steps |= {name: layer.step(name) for name in layer.candidates if layer.can_try(name)}
-    if not layer.training and module.attention.is_linear():
-        merged = copy.deepcopy(module)
-        merged.implementation = "auto"
-        merged.merge(HALF.get(precision))
+    if not layer.training and (merged := _merged(module, HALF.get(precision))):
         steps["merged"] = step(merged, layer.x, layer.y, {}, training=False)
     with arithmetic(precision), autocast(precision, device):
         seconds = measure(steps, rounds, device)
     layer.seconds = {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _static_step(layer: Layer) -> Callable[[], Results]:
-    kernel, geometry = layer.module.partition.kernel, layer.module.geometry
-    like = {"device": layer.x.device, "requires_grad": layer.training}
-    kinds = {planned.name: planned.kind for planned in layer.module.plan.layers}
-    if kinds[layer.name] == "Linear":
-        weight = torch.randn(kernel[:2], **like)
-        return step(lambda x: F.linear(x, weight), layer.x, layer.y, {"the kernel": [weight]}, layer.training)
-    weight = torch.randn(kernel, **like)
-    if len(kernel) == 4:
-        weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_(layer.training)
+def _merged(module: Any, dtype: torch.dtype | None) -> nn.Module | None:
+    """A merged copy of a layer; None where there is nothing to merge."""
+    if not hasattr(module, "merge"):
+        return None
+    merged = copy.deepcopy(module)
+    merged.implementation = "auto"
+    try:
+        merged.merge(dtype)
+    except ValueError:
+        return None
+    return merged
 
-    def forward(x: Tensor) -> Tensor:
-        x, padding = geometry.split_padding(x)
-        conv = _CONV[len(geometry.stride)]
-        return conv(x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups)
 
-    return step(forward, layer.x, layer.y, {"the kernel": [weight]}, layer.training)
+def _kernel(layer: Layer) -> tuple[int, ...]:
+    """(Cout, Cin/groups, *k)."""
+    plan = layer.module.plan
+    assert plan is not None  # of a network that was converted
+    return next(planned.kernel for planned in plan.layers if planned.name == layer.name)
 
 
 def positions_of(layer: Layer) -> int:
     """Output positions of one sample."""
-    return layer.y[0].numel() // layer.module.partition.kernel[0]
+    return layer.y[0].numel() // _kernel(layer)[0]
 
 
 def table(layers: Sequence[Layer]) -> str:
@@ -66,9 +62,8 @@ def table(layers: Sequence[Layer]) -> str:
     columns = {"layer": width, **sizes, **dict.fromkeys(timed, 9), "auto": 9, "auto / best": 11}
     rows = []
     for layer in layers:
-        partition = layer.module.partition
-        shapes = ("×".join(map(str, shape)) for shape in (partition.kernel, partition.cell))
-        sizes = (layer.count, len(layer.x), positions_of(layer), *shapes, len(layer.module.cells))
+        shapes = ("×".join(map(str, shape)) for shape in (_kernel(layer), layer.signature.partition.cell))
+        sizes = (layer.count, len(layer.x), positions_of(layer), *shapes, layer.signature.terms)
         auto, best = _auto_and_best(layer)
         rows.append([layer.name, *map(str, sizes), *(_milliseconds(layer.seconds.get(name)) for name in timed)])
         rows[-1] += [layer.estimated(), "–" if auto is None else f"{auto / best:.2f}"]
@@ -98,17 +93,17 @@ def _milliseconds(seconds: float | None) -> str:
 
 def record(layer: Layer) -> dict[str, Any]:
     """What is kept of a layer in JSON."""
-    partition, geometry = layer.module.partition, layer.module.geometry
+    signature = layer.signature
     return {
         "layer": layer.name,
         "count": layer.count,
         "batch": len(layer.x),
         "positions": positions_of(layer),
-        "kernel": partition.kernel,
-        "cell": partition.cell,
-        "cells": len(layer.module.cells),
-        "groups": geometry.groups,
-        "stride": geometry.stride,
+        "kernel": _kernel(layer),
+        "cell": signature.partition.cell,
+        "cells": signature.terms,
+        "groups": signature.geometry.groups,
+        "stride": signature.geometry.stride,
         "auto": layer.estimated(),
         "seconds": layer.seconds,
     }

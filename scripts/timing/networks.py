@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from kernelwarehouse import ConfigError, ModelConfig, build_model, merge_, set_implementation
-from kernelwarehouse.models import find_preset, read_config, sharing
+from kernelwarehouse.models import dynamic_layers, find_preset, read_config
 
 from .clock import HALF
 
@@ -28,7 +29,7 @@ class Contender:
         name: What the table calls it: static, upstream, ours, one of `MERGED`, or an implementation that is forced.
         config: Its configuration.
         layout: Memory layout of weights and images, a name in `LAYOUTS`.
-        implementation: As `set_implementation`; None for the static network.
+        implementation: As `set_implementation`; None for the static network. Upstream's is its layers' `as_authors`.
     """
 
     name: str
@@ -49,12 +50,11 @@ class Contender:
         net = build_model(self.config)
         update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
         net = net.to(device, memory_format=LAYOUTS[self.layout])
-        if self.implementation:
+        if self.name == UPSTREAM:
+            for layer in dynamic_layers(net).values():
+                layer.as_authors()
+        elif self.implementation:
             set_implementation(net, self.implementation, otherwise="auto")
-        if self.name == UPSTREAM:  # whose cells lie one after the other, ours by output channel
-            for name in sharing(net):
-                cells = net.get_parameter(name)
-                cells.data = cells.data.transpose(0, 1).contiguous().transpose(0, 1)
         return net
 
     def build_for(self, images: Tensor, precision: str) -> nn.Module:
@@ -69,6 +69,21 @@ class Contender:
         side = self.config.input_size
         x = torch.randn(batch, self.config.in_chans, side, side, device=device)
         return x.contiguous(memory_format=LAYOUTS[self.layout])
+
+
+def static_twin(config: ModelConfig) -> ModelConfig:
+    """The same backbone, unconverted."""
+    return dataclasses.replace(config, model=find_preset(config.model).backbone, operator=None, operator_fields={})
+
+
+def meta_network(config: ModelConfig) -> nn.Module:
+    """The network without memory for its weights.
+
+    Raises:
+        ValueError: It cannot be built.
+    """
+    with torch.device("meta"):
+        return build_model(dataclasses.replace(config, pretrained=False))
 
 
 def compiled(net: nn.Module, mode: str) -> nn.Module:
@@ -111,9 +126,7 @@ class Pair:
                 f"{model}: {converted.model} is a static network; give the configuration of a converted one"
             )
         if static is None:
-            twin = dataclasses.replace(
-                converted, model=find_preset(converted.model).backbone, operator=None, operator_fields={}
-            )
+            twin = static_twin(converted)
         else:
             images = {"in_chans": converted.in_chans, "input_size": converted.input_size, "pretrained": False}
             twin = read_config(static, images).model
@@ -123,11 +136,29 @@ class Pair:
                 )
         return cls(converted, twin)
 
+    @cached_property
+    def no_authors(self) -> str | None:
+        """Why the converted network cannot be computed by the authors' formulation; None if it can.
+
+        Raises:
+            ValueError: A configuration that cannot be built.
+        """
+        try:
+            for layer in dynamic_layers(meta_network(self.converted)).values():
+                layer.as_authors()
+        except ValueError as e:
+            return str(e)
+
     def contenders(self, implementations: Sequence[str] = ()) -> list[Contender]:
-        """The static network, upstream's formulation as upstream lays it out, ours, and what else is asked for."""
+        """The static network, upstream's formulation in its layout if there is one, ours, and what else is asked for.
+
+        Raises:
+            ValueError: A configuration that cannot be built.
+        """
+        upstream = [Contender(UPSTREAM, self.converted, "NCHW", "grouped")]
         ours = {"ours": "auto", **{name: "auto" if name in MERGED else name for name in implementations}}
         return [
             *(Contender("static", self.static, layout) for layout in LAYOUTS),
-            Contender(UPSTREAM, self.converted, "NCHW", "grouped"),
+            *(upstream if self.no_authors is None else []),
             *(Contender(name, self.converted, layout, forced) for name, forced in ours.items() for layout in LAYOUTS),
         ]

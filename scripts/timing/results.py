@@ -20,7 +20,7 @@ class Result:
         precision: As `clock.PRECISIONS`.
         batch: Images at a time.
         side: Of an image, in pixels.
-        budget: `cell_num_ratio`; a list where warehouses differ.
+        budget: `cell_num_ratio`; a list where warehouses differ, None of an operator without such a field.
         network: "static", "upstream", "ours", "folded", or a forced implementation.
         layout: "NCHW" or "NHWC".
         seconds: Of each round.
@@ -36,7 +36,7 @@ class Result:
     precision: str
     batch: int
     side: int
-    budget: float | tuple[float, ...]
+    budget: float | tuple[float, ...] | None
     network: str
     layout: str
     seconds: list[float]
@@ -57,7 +57,7 @@ class Result:
         spread = (max(self.seconds) - min(self.seconds)) / 2
         shown = [
             *(self.mode, self.precision, str(self.batch), str(self.side)),
-            f"{self.budget:g}×" if isinstance(self.budget, (int, float)) else "lists",
+            _budget(self.budget),
             *(self.network, self.layout, f"{1e3 * self.median:.2f} ± {1e3 * spread:.2f}"),
             *(f"{self.batch / self.median:,.1f}", f"{self.to_static:.2f}", f"{self.to_ours:.2f}"),
             *(f"{1e3 * self.floor_seconds:.2f}", f"{self.floor_to_static:.2f}"),
@@ -79,6 +79,12 @@ def compare(results: Sequence[Result]) -> None:
             result.peak_to_static = result.peak_bytes / static.peak_bytes
 
 
+def _budget(budget: float | tuple[float, ...] | None) -> str:
+    if budget is None:
+        return "–"
+    return f"{budget:g}×" if isinstance(budget, int | float) else "lists"
+
+
 def table_row(cells: Sequence[str], widths: Sequence[int]) -> str:
     """A row of a Markdown table, aligned as plain text too."""
     return "| " + " | ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
@@ -88,3 +94,9 @@ def table_head(columns: dict[str, int]) -> str:
     """The two lines above the rows."""
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in columns.values()) + "|"
     return table_row(list(columns), list(columns.values())) + "\n" + rule
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns are as wide as what stands in them."""
+    columns = {name: max(map(len, column)) for name, *column in zip(head, head, *rows, strict=True)}
+    return "\n".join([table_head(columns), *(table_row(row, list(columns.values())) for row in rows)])

@@ -13,7 +13,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 import kernelwarehouse.detection
 
 FOLDER = Path(kernelwarehouse.detection.__file__).parent / "configs"
-# Parameters of the detector and of its backbone. A backbone has what `param_table.py` counts less the classifier.
+# Parameters of the detector and of its backbone. A backbone has what `table.py` counts less the classifier.
 COUNTS = {
     "mask_rcnn_resnet50": (44_396_336, 23_508_032),
     "mask_rcnn_kw1x_resnet50": (46_891_614, 26_003_310),

@@ -111,6 +111,13 @@ class KWLayer(DynamicLayer):
             found.append((mixed * (partition.mixtures + blocks_out * partition.cell[0]), own, 0))
         return found
 
+    def as_authors(self) -> None:
+        """As `DynamicLayer`: there, the cells lie one after the other."""
+        super().as_authors()
+        if self.warehouse is not None:
+            weight = self.warehouse.weight
+            weight.data = self.cells.detach().contiguous().transpose(0, 1)
+
     def as_images(self, x: Tensor) -> Tensor:
         """The layer's input as images (B, Cin, *spatial)."""
         return x

@@ -15,6 +15,7 @@ from ..images import scaled
 from ..per_sample_conv import grouped_conv, per_sample_conv_from_geometry, reference, triton_conv
 from ..selection import Implementation
 from . import cost, cpp, materialize, mix_inputs
+from .authors import authors_mix
 from .mixing import mix
 from .partition import Partition
 from .reference import reference_mix
@@ -69,18 +70,19 @@ class Reference(MixtureConv):
 
 
 class Grouped(MixtureConv):
-    """Upstream's formulation: all kernels are mixed and kept, then one convolution with a group for every sample."""
+    """The authors' formulation: all kernels are mixed and kept, then one convolution with a group for every sample."""
 
     name = "grouped"
     operators = "torch"
 
     def __call__(self, x, alpha, bank, partition, geometry):
         """As the base class."""
-        return grouped_conv(x, mix(alpha, bank, partition), geometry)
+        return grouped_conv(x, authors_mix(alpha, bank, partition), geometry)
 
     def workspace(self, signature: Signature) -> int:
         """As the base class."""
-        return _kernels(signature)
+        products = signature.terms if signature.partition.mixtures > 1 and not signature.shared else 0
+        return (1 + products) * _kernels(signature)
 
 
 class _WithFunction(MixtureConv, Function):
