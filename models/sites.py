@@ -11,11 +11,13 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .families import Place, find_family
 from .layers import LAYERS, Layer
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
+from .twin import copy_to_meta, unchanged
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Site:
             the network was run.
         turn: See `input_shape`.
         readers: Names of the sites that read its output with no other site between, where that was asked for.
-        foreign: Why it is not simply a layer of torch.nn, such as a subclass with arithmetic of its own.
+        foreign: Why it is not simply a layer of torch.nn that is called with a batch: a subclass with arithmetic of its
+            own, or a layer whose weight the network reads.
         obstacle: Why it cannot be replaced, such as hooks that would be lost.
     """
 
@@ -122,8 +125,8 @@ def find_sites(
 
     Args:
         net: Any network.
-        example_input: For a network without a table: an input of it, of which shape and type are used; it is run once
-            or twice on the meta device. None guesses one.
+        example_input: For a network without a table: an input of it, of which shape and type are used. Copies of the
+            network are run on the meta device. None guesses one.
         readers: Whether to find out which sites read each one's output.
         converted: Layers of other operators by name: they are no sites, and what is inside of them is theirs.
 
@@ -136,23 +139,27 @@ def find_sites(
     layers = {name: m for name, m in found.items() if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
+    obstacles = Obstacles(net)
+    problems = {name: obstacles.find(name, layer) for name, layer in layers.items()}
+    foreign = {name: obstacles.foreign(layer) for name, layer in layers.items()}
     family = find_family(net)
     trace = Trace()
+    if family is None or not _is_published(found, converted):
+        watched = {name: m for name, m in found.items() if name in layers or name in converted}
+        replaceable = [name for name in layers if problems[name] is None and foreign[name] is None]
+        trace = trace_layers(net, watched, replaceable, example_input)
     places: dict[str, Place] = {}
     if family is not None:
         places = family.place(list(layers))
     else:
-        watched = {name: m for name, m in found.items() if name in layers or name in converted}
-        trace = trace_layers(net, watched, example_input)
         places = {name: _place_by_structure(name, layers[name], trace) for name in layers}
-    obstacles = Obstacles(net)
     reading = _find_readers(net, {*layers, *converted}) if readers else {}
     sites = []
     for name, layer in layers.items():
         stage, block, role = places.get(name, ("", "", "unknown" if family else "body"))
         site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=reading.get(name, ()))
         known = 1 if family is not None or site.kind != "Linear" else None
-        repeats = trace.repeats.get(name, known) if family is None else known
+        repeats = trace.repeats.get(name, known)
         if site.kind == "Linear" and _is_sequence_first(net, name):
             repeats = 0
         sites.append(
@@ -161,8 +168,8 @@ def find_sites(
                 repeats=repeats,
                 input_shape=trace.shapes.get(name),
                 turn=list(trace.shapes).index(name) if name in trace.shapes else None,
-                foreign=obstacles.foreign(layer),
-                obstacle=obstacles.find(name, layer),
+                foreign=foreign[name] or trace.uses.get(name),
+                obstacle=problems[name],
             )
         )
     return Sites(
@@ -171,12 +178,21 @@ def find_sites(
         sites=tuple(sites),
         batch_norm=any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()),
         parameters=sum(p.numel() for p in net.parameters()),
-        untraced=trace.error,
+        untraced=trace.error if family is None else None,
     )
 
 
+def _is_published(modules: Mapping[str, nn.Module], converted: Collection[str]) -> bool:
+    """Whether a network computes as its table says: its modules are of the libraries that the tables were made for."""
+    own = [m for name, m in modules.items() if name not in converted]
+    return all(type(m).__module__.partition(".")[0] in _LIBRARIES and "forward" not in vars(m) for m in own)
+
+
+_LIBRARIES = ("torch", "timm", "torchvision")
+
+
 def check_network(net: nn.Module) -> None:
-    """Raise a ValueError for what cannot be converted in place: a wrapper, or a single layer."""
+    """Raise a ValueError for what cannot be converted in place: a wrapper, a single layer, or one with lazy modules."""
     wrappers = (
         "DistributedDataParallel",
         "DataParallel",
@@ -188,6 +204,9 @@ def check_network(net: nn.Module) -> None:
         raise ValueError(f"the network is wrapped in {type(net).__name__}: convert the network inside, then wrap it")
     if isinstance(net, LAYERS):
         raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
+    for name, module in net.named_modules():
+        if any(is_lazy(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise ValueError(f"{name} is a {type(module).__name__} without a shape: call the network on an input first")
 
 
 def _describe(name: str, layer: Layer) -> Site:
@@ -241,7 +260,8 @@ def _find_readers(net: nn.Module, layers: Collection[str]) -> dict[str, tuple[st
             return module_qualified_name in layers or super().is_leaf_module(m, module_qualified_name)
 
     try:
-        graph = Tracer().trace(net)
+        with unchanged(net):
+            graph = Tracer().trace(copy_to_meta(net)[0])
     except Exception:  # control flow that depends on values raises whatever it likes
         return {}
     found: dict[str, tuple[str, ...]] = {}
