@@ -206,7 +206,8 @@ def check_network(net: nn.Module) -> None:
         raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
     for name, module in net.named_modules():
         if any(is_lazy(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            raise ValueError(f"{name} is a {type(module).__name__} without a shape: call the network on an input first")
+            kind = type(module).__name__
+            raise ValueError(f"{name or 'it'} is a {kind} without a shape: call the network on an input first")
 
 
 def _describe(name: str, layer: Layer) -> Site:

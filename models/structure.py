@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .trial import Trial
+from .trial import Notes, try_out
 from .twin import CopyError, unchanged
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -94,34 +94,31 @@ class _Runs:
         self.replaceable = list(replaceable)
         self.uses: dict[str, str] = {}
 
-    def run(self, x: Tensor, training: bool, stand_ins: Collection[str]) -> Trial:
-        trial = Trial(self.net, self.layers)
-        trial.stand_in(stand_ins)
-        trial.run(x, training)
-        return trial
+    def run(self, x: Tensor, training: bool, stand_ins: Collection[str]) -> Notes:
+        return try_out(self.net, self.layers, x, training=training, stand_ins=stand_ins)
 
-    def trace(self, x: Tensor, natural: Trial) -> Trace:
+    def trace(self, x: Tensor, natural: Notes) -> Trace:
         """What is known after a first run, and two or more."""
         batch = len(x)
-        sizes = {count: x.new_empty(count, *x.shape[1:], device="meta") for count in (batch + 1, batch)}
-        larger = None
-        for training in (False, True):
-            for count, sample in sizes.items():
-                trial = self._replaced(sample, training)
-                if trial is not None:
-                    if not training and count > batch:
-                        larger = trial
-                    break
+        same, more = (x.new_empty(count, *x.shape[1:], device="meta") for count in (batch, batch + 1))
+        larger = self._replaced(more, False)
+        replaced = larger or self._replaced(same, False)
+        for name in self.replaceable:
+            if replaced is not None and name in natural.inputs and name not in replaced.inputs:
+                kind = type(self.layers[name]).__name__
+                self.uses.setdefault(name, f"the network calls it only because it is a {kind}")
+        if self._replaced(more, True) is None:
+            self._replaced(same, True)
         repeats = {
             name: _repeats(shapes, None if larger is None else larger.inputs.get(name, []), batch)
             for name, shapes in natural.inputs.items()
         }
         return Trace({name: shapes[0] for name, shapes in natural.inputs.items()}, repeats, self.uses)
 
-    def _replaced(self, x: Tensor, training: bool) -> Trial | None:
-        """A run with stand-ins for all layers that the network can do without; None where it does not run anyway."""
+    def _replaced(self, x: Tensor, training: bool) -> Notes | None:
+        """A run with stand-ins for the layers that the network can do without; None where it does not run anyway."""
         try:
-            trial = self.run(x, training, self.replaceable)
+            notes = self.run(x, training, self.replaceable)
         except Exception as e:
             try:
                 self.run(x, training, ())
@@ -132,10 +129,10 @@ class _Runs:
                 kind = type(self.layers[name]).__name__
                 self.uses.setdefault(name, f"the network does not run with another layer in place of the {kind} ({e})")
             self.replaceable = [name for name in self.replaceable if name not in needed]
-            trial = self.run(x, training, self.replaceable)
-        for name, fault in trial.faults.items():
+            return self._replaced(x, training)
+        for name, fault in notes.faults.items():
             self.uses.setdefault(name, fault)
-        return trial
+        return notes
 
     def _needed(self, x: Tensor, training: bool, names: list[str], found: list[str]) -> list[str]:
         """Names of the layers without which the network does not run, by halves; of all of them where they are many."""

@@ -1,8 +1,9 @@
-"""A run of a copy of a network that notes what its layers read and how they are used: `Trial`."""
+"""A run of a copy of a network, which notes what its layers read and how they are used: `try_out`."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -18,87 +19,103 @@ LONGEST = 50_000  # calls of torch's functions in a run; a network of a thousand
 ARGUMENTS = frozenset((*nn.Conv2d.__constants__, *nn.Linear.__constants__))
 
 
-class Trial:
-    """A copy of a network on meta, to be run once.
+@dataclass
+class Notes:
+    """What was seen in a run.
 
     Attributes:
         inputs: By layer, the shape of the input of each of its calls, in the order of their first calls.
-        faults: By layer, how it is used otherwise than by calling it with a batch, of those that `stand_in` replaced.
-
-    Raises:
-        CopyError: The network cannot be copied.
+        faults: By layer, how it is used otherwise than by calling it with a batch; of those only that have stand-ins.
     """
 
-    def __init__(self, net: nn.Module, names: Iterable[str]):
-        self.net, originals = copy_to_meta(net)
-        self.inputs: dict[str, list[tuple[int, ...]]] = {}
-        self.faults: dict[str, str] = {}
-        self.mode = _Mode(self, originals)
-        for name in names:
-            layer = self.net.get_submodule(name)
-            layer.register_forward_pre_hook(partial(self._note_input, name), with_kwargs=True)
-
-    def stand_in(self, names: Iterable[str]) -> None:
-        """Let modules that are no layers of torch.nn take the places of layers, as converted ones will."""
-        for name in names:
-            layer = self.net.get_submodule(name)
-            for kind, parameter in layer.named_parameters(recurse=False):
-                self.mode.owners[id(parameter)] = name, kind
-            self.net.set_submodule(name, _StandIn(name, layer, self))
-
-    def run(self, x: Tensor, training: bool = False) -> None:
-        """Run the copy on an input like x, in training or in evaluation; raises whatever it raises."""
-        fast = torch.backends.mha.get_fastpath_enabled()  # which does not call the layers of torch's transformers
-        compiled = "torch._dynamo" in sys.modules
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), torch.no_grad(), self.mode:
-                self.net.train(training)
-                self.net(x)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+    inputs: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
 
     def blame(self, name: str, fault: str) -> None:
         """Note how a layer is used."""
         self.faults.setdefault(name, fault)
 
-    def _note_input(self, name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def note_input(self, name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note a call; a forward pre-hook."""
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         self.inputs.setdefault(name, []).append(() if x is None else tuple(x.shape))
+
+
+def try_out(
+    net: nn.Module, names: Iterable[str], x: Tensor, *, training: bool = False, stand_ins: Iterable[str] = ()
+) -> Notes:
+    """Run a copy of `net` on meta.
+
+    Args:
+        net: Any network.
+        names: The layers to watch.
+        x: Its input, on meta.
+        training: Whether it is run as in training.
+        stand_ins: Names of layers whose places are taken by modules that are no layers of torch.nn, as converted ones
+            will be.
+
+    Raises:
+        CopyError: The network cannot be copied.
+        Exception: Whatever the network raises.
+    """
+    copied, originals = copy_to_meta(net)
+    notes = Notes()
+    mode = _Mode(notes, originals)
+    modules = dict(copied.named_modules())
+    for name in names:
+        modules[name].register_forward_pre_hook(partial(notes.note_input, name), with_kwargs=True)
+    for name in stand_ins:
+        for kind, parameter in modules[name].named_parameters(recurse=False):
+            mode.owners[id(parameter)] = name, kind
+        parent, _, leaf = name.rpartition(".")
+        setattr(modules[parent], leaf, _StandIn(name, modules[name], mode))
+    fast = torch.backends.mha.get_fastpath_enabled()  # which does not call the layers of torch's transformers
+    compiled = "torch._dynamo" in sys.modules
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), torch.no_grad(), mode:
+            copied.train(training)
+            copied(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return notes
 
 
 class _StandIn(nn.Module):
     """Takes the place of a layer, which it calls; what is asked of it that a converted layer may not have is noted."""
 
-    def __init__(self, name: str, layer: nn.Module, trial: Trial):
+    def __init__(self, name: str, layer: nn.Module, mode: "_Mode"):
         super().__init__()
         batched = (2, None) if isinstance(layer, nn.Linear) else (layer.weight.ndim, layer.weight.ndim)
-        vars(self).update(_name=name, _trial=trial, _dimensions=batched)
+        vars(self).update(_name=name, _mode=mode, _dimensions=batched)
         self._modules["layer"] = layer
 
     @property
     def _layer(self) -> nn.Module:
         return cast("nn.Module", self._modules["layer"])
 
+    def _blame(self, fault: str) -> None:
+        self._mode.notes.blame(self._name, fault)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else None
         least, most = self._dimensions
         if kwargs or len(args) != 1 or not isinstance(x, Tensor):
-            self._trial.blame(self._name, "it is called with something else than one tensor")
+            self._blame("the network calls it with something else than one tensor")
         elif x.ndim < least or (most and x.ndim > most):
-            self._trial.blame(self._name, f"it is called without a batch, with an input of shape {tuple(x.shape)}")
-        with self._trial.mode.inside(self._name):
+            self._blame(f"the network calls it without a batch, with an input of shape {tuple(x.shape)}")
+        with self._mode.inside(self._name):
             return self._layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._layer, name)
         if name not in ARGUMENTS:
-            self._trial.blame(self._name, f"its {name} is read")
+            self._blame(f"the network reads its {name}")
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training" and "_trial" in vars(self) and hasattr(self._layer, name):
-            self._trial.blame(self._name, f"its {name} is set")
+        if name != "training" and "_mode" in vars(self) and hasattr(self._layer, name):
+            self._blame(f"the network sets its {name}")
             setattr(self._layer, name, value)
         else:
             super().__setattr__(name, value)
@@ -108,20 +125,27 @@ class _Mode(TorchFunctionMode):
     """Sees every call of torch's functions in a run.
 
     Attributes:
+        notes: What was seen.
         owners: Layer and name of each parameter, by its id, whose uses are noted.
     """
 
-    def __init__(self, trial: Trial, originals: dict[int, Tensor]):
+    def __init__(self, notes: Notes, originals: dict[int, Tensor]):
         super().__init__()
-        self.trial, self.originals = trial, originals
+        self.notes = notes
         self.owners: dict[int, tuple[str, str]] = {}
+        self._originals = originals
         self._storages = {_storage(tensor) for tensor in originals.values()}
         self._calls = 0
         self._running: list[str] = []
 
-    def inside(self, name: str) -> "_Running":
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
         """While a layer runs, by its stand-in, it may use its parameters."""
-        return _Running(self._running, name)
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,21 +159,10 @@ class _Mode(TorchFunctionMode):
                 if _storage(tensor) in self._storages:
                     raise RuntimeError("by a reference that is not its own, it reaches tensors of the original network")
             elif (owner := self.owners.get(id(tensor))) and owner[0] not in self._running and func not in _DESCRIBING:
-                self.trial.blame(owner[0], f"its {owner[1]} is used outside of it")
-        if func in _READING and id(args[0]) in self.originals:
-            return func(self.originals[id(args[0])], *args[1:], **kwargs)
+                self.notes.blame(owner[0], f"the network uses its {owner[1]} outside of it")
+        if func in _READING and id(args[0]) in self._originals:
+            return func(self._originals[id(args[0])], *args[1:], **kwargs)
         return func(*args, **kwargs)
-
-
-class _Running:
-    def __init__(self, running: list[str], name: str):
-        self.running, self.name = running, name
-
-    def __enter__(self) -> None:
-        self.running.append(self.name)
-
-    def __exit__(self, *_: object) -> None:
-        self.running.pop()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
