@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .layers import LAYERS, Layer
+from .layers import LAYERS, Layer, kernel_shape
 
 # Where torch keeps what users hang onto a module; it has no public way to ask.
 _HOOKS = {
@@ -79,9 +79,8 @@ def _unusual(layer: Layer) -> str | None:
     extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
     if extra:
         return f"has {' and '.join(sorted(extra))} beside its weight and bias, which a conversion would lose"
-    linear = isinstance(layer, nn.Linear)
-    cin, cout = (layer.in_features, layer.out_features) if linear else (layer.in_channels, layer.out_channels)
-    shapes = {"weight": (cout, cin) if linear else (cout, cin // layer.groups, *layer.kernel_size), "bias": (cout,)}
+    shape = kernel_shape(layer)
+    shapes = {"weight": shape, "bias": shape[:1]}
     for kind, shape in shapes.items():
         parameter = getattr(layer, kind)
         if parameter is None and kind == "bias":

@@ -12,9 +12,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .families import Place, find_family
-from .layers import LAYERS, Layer
+from .layers import LAYERS, Layer, kernel_shape
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
 from .twin import copy_to_meta, unchanged
@@ -211,11 +212,14 @@ def check_network(net: nn.Module) -> None:
 
 
 def _describe(name: str, layer: Layer) -> Site:
+    """What a layer's arguments say; its weight may be computed when it is read, and change something."""
     kind = next(cls.__name__ for cls in LAYERS if isinstance(layer, cls))
-    weight, bias = layer.weight, layer.bias is not None
-    kernel = tuple(weight.shape)
+    bias = "bias" in layer._parameters and layer._parameters["bias"] is not None
+    bias = bias or parametrize.is_parametrized(layer, "bias")
+    dtype = next((p.dtype for p in layer.parameters()), torch.get_default_dtype())
+    kernel = kernel_shape(layer)
     if isinstance(layer, nn.Linear):
-        return Site(name, kind, layer.in_features, layer.out_features, kernel, 1, bias, weight.dtype)
+        return Site(name, kind, layer.in_features, layer.out_features, kernel, 1, bias, dtype)
     return Site(
         name,
         kind,
@@ -224,7 +228,7 @@ def _describe(name: str, layer: Layer) -> Site:
         kernel,
         layer.groups,
         bias,
-        weight.dtype,
+        dtype,
         tuple(layer.stride),
         layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
         tuple(layer.dilation),

@@ -72,17 +72,19 @@ def trace_layers(
 def guess_inputs(net: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:
     """Inputs of two samples on meta that `net` may take, by timm's default configuration and by its convolutions."""
     first = next(iter(layers.values()))
+    dtype = next((p.dtype for p in first.parameters()), None)
     convolutions = [layer for layer in layers.values() if isinstance(layer, CONVOLUTIONS)]
+    channels = [(layer.in_channels, len(layer.kernel_size)) for layer in convolutions]
     cfg = getattr(net, "default_cfg", None)
     size = tuple(cfg.get("input_size") or ()) if isinstance(cfg, Mapping) else ()
     if len(size) == 3:
-        shapes = {(layer.in_channels, *size[1:]): layer.weight.dtype for layer in convolutions[:1] if layer is first}
-        shapes.setdefault(size, first.weight.dtype)
-        shapes |= {(layer.in_channels, *size[1:]): layer.weight.dtype for layer in convolutions}
+        known = [(size[0], 2)]
+        channels = channels[:1] + known + channels if isinstance(first, CONVOLUTIONS) else known + channels
+        sizes = {2: size[1:]}
     else:
         sizes = {1: (256,), 2: (224, 224), 3: (32, 64, 64)}
-        shapes = {(layer.in_channels, *sizes[layer.weight.ndim - 2]): layer.weight.dtype for layer in convolutions}
-    for shape, dtype in list(shapes.items())[:_GUESSES]:
+    shapes = dict.fromkeys((count, *sizes[dimensions]) for count, dimensions in channels if dimensions in sizes)
+    for shape in list(shapes)[:_GUESSES]:
         yield torch.empty(2, *shape, dtype=dtype, device="meta")
 
 

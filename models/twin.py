@@ -66,13 +66,7 @@ class _ToMeta(TorchFunctionMode):
 
     def twin(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.memo:
-            if tensor.layout is torch.strided:
-                on_meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            else:
-                on_meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            if isinstance(tensor, nn.Parameter):
-                on_meta = nn.Parameter(on_meta, tensor.requires_grad)
-            self.memo[id(tensor)] = on_meta
+            self.memo[id(tensor)] = _on_meta(tensor)
             self.tensors.append(tensor)
         return self.memo[id(tensor)]
 
@@ -82,6 +76,14 @@ class _ToMeta(TorchFunctionMode):
         if func == Tensor.data.__get__:  # by which a parameter copies itself
             return self.twin(args[0]).detach()
         return func(*args, **(kwargs or {}))
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.strided:
+        on_meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    else:
+        on_meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
 
 
 class _Functions:
@@ -110,6 +112,8 @@ class _Functions:
                 queue += value.func, value.args, value.keywords
             elif isinstance(value, FunctionType):
                 queue += self._rebuild(value)
+            elif isinstance(value, torch.Generator):  # whose state must not be on meta
+                self.memo[id(value)] = value.clone_state()
             else:
                 continue
             seen.add(id(value))
@@ -165,6 +169,10 @@ def unchanged(net: nn.Module) -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
+        for cls, before in attributes.items():
+            for name, value in before.items():
+                if isinstance(value, Tensor):
+                    setattr(cls, name, _on_meta(value))
         yield
     finally:
         random.setstate(states[0])
