@@ -1,4 +1,4 @@
-"""What a network does with an input: `trace_layers` runs copies of it on meta and watches its layers."""
+"""What a network does with an input, by running copies of it on meta: `trace_layers`, `why_not_run`."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,6 +67,16 @@ def trace_layers(
                 return runs.trace(x, natural)
     first = next(iter(layers.values()))
     return Trace(error=error or f"its input cannot be guessed from its first layer, a {type(first).__name__}")
+
+
+def why_not_run(net: nn.Module, x: Tensor) -> str | None:
+    """What a copy of `net` raises on meta for an input like x; None where it runs. The network stays as it was."""
+    with unchanged(net):
+        try:
+            try_out(net, (), x)
+        except Exception as e:  # whatever a network raises
+            return str(e)
+    return None
 
 
 def guess_inputs(net: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Tensor]:

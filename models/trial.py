@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .twin import copy_to_meta
 
-LONGEST = 50_000  # calls of torch's functions in a run; a network of a thousand layers needs a tenth of it
+LONGEST = 20_000  # calls of torch's functions in a run; a network of a thousand layers needs a quarter of it
 
 # What a layer is made with: those that `convert_` makes have it as well.
 ARGUMENTS = frozenset((*nn.Conv2d.__constants__, *nn.Linear.__constants__))
