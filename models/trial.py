@@ -1,8 +1,7 @@
 """A run of a copy of a network, which notes what its layers read and how they are used: `try_out`."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -58,9 +57,9 @@ def try_out(
         CopyError: The network cannot be copied.
         Exception: Whatever the network raises.
     """
-    copied, originals = copy_to_meta(net)
+    copied, twins = copy_to_meta(net)
     notes = Notes()
-    mode = _Mode(notes, originals)
+    mode = _Mode(notes, twins)
     modules = dict(copied.named_modules())
     for name in names:
         modules[name].register_forward_pre_hook(partial(notes.note_input, name), with_kwargs=True)
@@ -70,10 +69,9 @@ def try_out(
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, _StandIn(name, modules[name], mode))
     fast = torch.backends.mha.get_fastpath_enabled()  # which does not call the layers of torch's transformers
-    compiled = "torch._dynamo" in sys.modules
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), torch.no_grad(), mode:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), mode:
             copied.train(training)
             copied(x)
     finally:
@@ -114,9 +112,10 @@ class _StandIn(nn.Module):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training" and "_mode" in vars(self) and hasattr(self._layer, name):
+        layer = vars(self).get("_mode") and self._layer
+        if layer and (name in ARGUMENTS or name in layer._parameters or hasattr(type(layer), name)):
             self._blame(f"the network sets its {name}")
-            setattr(self._layer, name, value)
+            setattr(layer, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -129,12 +128,13 @@ class _Mode(TorchFunctionMode):
         owners: Layer and name of each parameter, by its id, whose uses are noted.
     """
 
-    def __init__(self, notes: Notes, originals: dict[int, Tensor]):
+    def __init__(self, notes: Notes, twins: list[tuple[Tensor, Tensor]]):
         super().__init__()
         self.notes = notes
         self.owners: dict[int, tuple[str, str]] = {}
-        self._originals = originals
-        self._storages = {_storage(tensor) for tensor in originals.values()}
+        self._twins = twins  # held, so that no other tensor comes to have the identity of one
+        self._originals = {id(twin): tensor for tensor, twin in twins}
+        self._storages = {_storage(tensor) for tensor, _ in twins}
         self._calls = 0
         self._running: list[str] = []
 

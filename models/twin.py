@@ -21,14 +21,14 @@ class CopyError(RuntimeError):
     """A network that cannot be copied."""
 
 
-def copy_to_meta(net: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]:
+def copy_to_meta(net: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """A deep copy of `net` without its hooks, whose tensors are on meta.
 
     Whatever tensors `copy.deepcopy` meets (parameters, buffers, attributes, in containers and objects) it takes for
     their twins on meta, which need no memory; tied ones stay tied.
 
     Returns:
-        The copy, and the tensor of `net` for the id of each tensor of the copy.
+        The copy, and pairs of a tensor of `net` and its twin.
 
     Raises:
         CopyError: It cannot be copied, or would have parts in common with `net`.
@@ -53,7 +53,7 @@ def copy_to_meta(net: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.device.type != "meta":
                 raise CopyError(f"the {type(module).__name__} {name} copies its tensors itself")
-    return copied, {id(memo[id(tensor)]): tensor for tensor in to_meta.tensors}
+    return copied, [(tensor, memo[id(tensor)]) for tensor in to_meta.tensors]
 
 
 class _ToMeta(TorchFunctionMode):

@@ -1,10 +1,9 @@
 """Modules that keep, share or change what a copy of a network easily shares with the network; and what a network is."""
 
-import copy
 import random
 import threading
 import weakref
-from collections import OrderedDict, deque, namedtuple
+from collections import deque, namedtuple
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 CHANNELS = 6
-Pair = namedtuple("Pair", "mask rest")  # noqa: PYI024 - a tuple of another class
+Pair = namedtuple("Pair", "mask rest")
 
 
 class Part(nn.Module):
@@ -82,7 +81,7 @@ class Draws(Part):
     """Random numbers of every kind."""
 
     def forward(self, x):
-        noise = torch.rand(1).item() + random.random() + np.random.rand()  # noqa: NPY002, S311
+        noise = torch.rand(1).item() + random.random() + np.random.rand()  # noqa: NPY002
         return self.conv(x) * (1 + 0 * noise)
 
 
@@ -285,7 +284,8 @@ class Recurrent(Part):
     def forward(self, x):
         tokens = self.conv(x).flatten(2).transpose(1, 2)
         tokens, (h, c) = self.lstm(tokens)
-        assert h.shape == (4, len(x), 3) and c.shape == (4, len(x), 4)
+        assert h.shape == (4, len(x), 3)
+        assert c.shape == (4, len(x), 4)
         tokens = self.rnn(self.gru(tokens.transpose(0, 1))[0])[0].transpose(0, 1)
         first = self.cells[1](self.cells[0](tokens[:, 0])[0])
         return (tokens + first[:, None]).transpose(1, 2).reshape(x.shape)
@@ -302,28 +302,25 @@ class Fails(nn.Module):
         raise self.error("told to")
 
 
-PARTS = (
+RUNNING = (
     Part,
     TwoNames,
     Caches,
     Draws,
     Closures,
     WeakReference,
-    Registered,
     OfTheClass,
     SharedObject,
-    SharedModule,
-    Uncopyable,
     Hooks,
     Tensors,
     Modes,
-    Scripted,
     Recurrent,
 )
+PARTS = (*RUNNING, Registered, SharedModule, Uncopyable, Scripted)  # of the last, no copy runs
 
 
 class Chain(nn.Module):
-    """A convolution of an image, and some parts, one after the other."""
+    """A convolution of an image (B, 3, H, W), and some parts, one after the other."""
 
     def __init__(self, *parts):
         super().__init__()
@@ -335,11 +332,11 @@ class Chain(nn.Module):
 
 
 def description(net):
-    """What a network is: modules, attributes, containers, tensors with their bytes, hooks; and the random states."""
+    """What a network is: modules, attributes, containers, tensors with their bytes, hooks; and the states around it."""
     seen = {}
-    found = [_describe(net, seen), _describe(REGISTRY, seen)]
-    for cls in dict.fromkeys(type(m) for m in net.modules() if not type(m).__module__.startswith("torch")):
-        found.append([(name, _describe(value, seen)) for name, value in vars(cls).items() if not name.startswith("__")])
+    own = {type(m) for m in net.modules() if type(m).__module__ == __name__}
+    classes = [{k: v for k, v in vars(cls).items() if not k.startswith("__")} for cls in sorted(own, key=id)]
+    found = _describe(net, seen), _describe(REGISTRY, seen), [_describe(c, seen)[1] for c in classes]
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     return found, states, torch.backends.mha.get_fastpath_enabled()
 
@@ -347,28 +344,23 @@ def description(net):
 def _describe(value, seen):
     if id(value) in seen:
         return id(value)
+    if isinstance(value, Tensor | nn.Module | Memory | Itself | dict | list | tuple | deque | set):
+        seen[id(value)] = value
     if isinstance(value, Tensor):
-        seen[id(value)] = value
-        data = value.detach().to_dense() if value.is_sparse else value.detach()
-        content = None if value.is_meta else torch.view_as_real(data).numpy().tobytes() if data.is_complex() else data.numpy().tobytes()
-        grad = None if not value.is_leaf or value.grad is None else _describe(value.grad, seen)
-        return id(value), type(value), value.device, value.dtype, value.shape, value.requires_grad, value._version, content, grad
+        grad = value.grad if value.is_leaf else None
+        kinds = type(value), value.device, value.dtype, value.shape, value.requires_grad, value._version
+        return id(value), *kinds, _content(value), None if grad is None else _describe(grad, seen)
     if isinstance(value, nn.Module | Memory | Itself):
-        seen[id(value)] = value
         return id(value), type(value), [(name, _describe(item, seen)) for name, item in vars(value).items()]
-    if isinstance(value, dict | OrderedDict):
-        seen[id(value)] = value
+    if isinstance(value, dict):
         return id(value), [(key, _describe(item, seen)) for key, item in value.items()]
     if isinstance(value, list | tuple | deque | set):
-        seen[id(value)] = value
         return id(value), [_describe(item, seen) for item in value]
     return id(value), value if isinstance(value, int | float | str) else None
 
 
-def networks():
-    """Chains of one part each, by name; and one of all that run in a copy."""
-    return {cls.__name__: partial(Chain, cls) for cls in PARTS}
-
-
-__all__ = ["CHANNELS", "PARTS", "Chain", "Fails", "Part", "description"]
-_ = copy
+def _content(tensor):
+    if tensor.is_meta:
+        return None
+    values = tensor.detach().to_dense()
+    return (torch.view_as_real(values) if values.is_complex() else values).numpy().tobytes()
