@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from .layers import LAYERS, Layer
+from .layers import LAYERS, Layer, kernel_shape
 from .obstacles import Obstacles
 from .operators import get_operator
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
@@ -157,7 +157,7 @@ def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, Layer]:
 
 
 def _fits(module: Layer, layer: LayerPlan) -> bool:
-    shape = tuple(module.weight.shape)
+    shape = kernel_shape(module)
     widened = shape + (1,) * (len(layer.kernel) - len(shape)) if isinstance(module, nn.Linear) else shape
     return layer.kind in (cls.__name__ for cls in type(module).__mro__) and widened == layer.kernel
 

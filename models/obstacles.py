@@ -90,9 +90,8 @@ def _unusual(layer: Layer) -> str | None:
         if tuple(parameter.shape) != shape:
             return f"has a {kind} of {tuple(parameter.shape)} where its arguments say {shape}"
         if parameter.dtype not in _TYPES:
-            return (
-                f"has a {kind} of the type {str(parameter.dtype).removeprefix('torch.')}, with which it cannot compute"
-            )
+            found, *known = (str(dtype).removeprefix("torch.") for dtype in (parameter.dtype, *_TYPES))
+            return f"has a {kind} of {found}; operators know {', '.join(known)}"
     return None
 
 
@@ -100,10 +99,9 @@ def _place(parameter: Tensor) -> tuple[int, int, int] | None:
     """Where a parameter lies in memory: the storage, its first byte and that after its last; None without elements."""
     if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided or not parameter.numel():
         return None
-    size = parameter.element_size()
-    start = parameter.storage_offset() * size
-    reach = sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
-    return parameter.untyped_storage()._cdata, start, start + (reach + 1) * size
+    size, first = parameter.element_size(), int(parameter.storage_offset())
+    last = first + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.untyped_storage()._cdata, first * size, (last + 1) * size
 
 
 def hooks_of(module: nn.Module) -> str | None:

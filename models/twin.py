@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+
+
 class CopyError(RuntimeError):
     """A network that cannot be copied."""
 
@@ -73,7 +76,7 @@ class _ToMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             return self.twin(args[0])
-        if func == Tensor.data.__get__:  # by which a parameter copies itself
+        if func == _DATA:  # by which a parameter copies itself
             return self.twin(args[0]).detach()
         return func(*args, **(kwargs or {}))
 
