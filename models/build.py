@@ -18,6 +18,7 @@ from .convert import convert_
 from .families import find_family
 from .operators import built_in_operators, get_operator, read_config, split_model_name
 from .ops.api import OperatorConfig, Preset
+from .structure import why_not_run
 
 # timm's names of backbones that upstream or its paper calls otherwise.
 ALIASES = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224"}
@@ -39,7 +40,8 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
         (B, in_chans, H, W) → (B, nb_classes).
 
     Raises:
-        ConfigError: An unknown model, operator or field, or a value that the backbone refuses.
+        ConfigError: An unknown model, operator or field, a value that the backbone refuses, or images that are too
+            small for it.
         ValueError: A conversion that cannot be done.
     """
     if isinstance(config, ModelConfig):
@@ -67,6 +69,7 @@ def build_model(config: ModelConfig | Mapping[str, Any] | str | Path, **override
     except TypeError as e:
         raise ConfigError(f"{config.model}: the backbone {backbone} refuses its arguments: {e}") from e
     _spread_drop_path(net, config)
+    _check_input_size(net, config)
     if config.operator is None:
         return net
     operator = get_operator(config.operator)
@@ -125,6 +128,18 @@ def _spread_drop_path(net: nn.Module, config: ModelConfig) -> None:
         raise ConfigError(f"{config.model} has no blocks with a drop path for drop_path_rule 'constant'")
     for module, name in owners:
         setattr(module, name, DropPath(config.drop_path))
+
+
+def _check_input_size(net: nn.Module, config: ModelConfig) -> None:
+    """Images may be smaller than what a network's strides leave something of; those below its default are tried."""
+    default = (getattr(net, "default_cfg", None) or {}).get("input_size") or ()
+    size = config.input_size
+    if len(default) != 3 or size >= min(default[1:]):
+        return
+    reason = why_not_run(net, torch.empty(2, config.in_chans, size, size, device="meta"))
+    if reason is None or why_not_run(net, torch.empty(2, config.in_chans, *default[1:], device="meta")) is not None:
+        return
+    raise ConfigError(f"field 'input_size': {config.model} does not run on images of {size}×{size}: {reason}")
 
 
 def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

@@ -1,16 +1,18 @@
 """Converting a network: `plan_conversion` looks and decides, `convert_` checks, allocates what is shared, and swaps."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from .layers import LAYERS, Layer
+from .layers import LAYERS, Layer, kernel_shape
 from .obstacles import Obstacles
 from .operators import get_operator
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .ops.tied import Temperature, Tied
 from .plan import ConversionPlan, LayerPlan
 from .sites import check_network, find_sites
+from .trial import ARGUMENTS
 
 
 def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
@@ -33,7 +35,7 @@ def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Te
     plan = operator.plan(sites, config)
     if not plan.layers:
         raise ValueError(f"nothing to convert in {type(net).__name__}")
-    return plan
+    return dataclasses.replace(plan, untraced=sites.untraced)
 
 
 def convert_(
@@ -99,11 +101,14 @@ def _make_layers(operator: Operator, plan: ConversionPlan, old: Mapping[str, Lay
 
 
 def _inherit(new: Mapping[str, DynamicLayer], old: Mapping[str, Layer]) -> None:
-    """Mode and trainability: a bias is trained if the old one was, all else if the old weight was."""
+    """Mode, arguments and trainability: a bias is trained if the old one was, all else if the old weight was."""
     users: dict[Tied, list[bool]] = {}
     for name, layer in new.items():
         before = old[name]
         layer.train(before.training)
+        for argument in ARGUMENTS:
+            if hasattr(before, argument) and not hasattr(layer, argument):
+                setattr(layer, argument, getattr(before, argument))
         shared = layer.shared()
         of_others = {p for module in shared for p in module.parameters()}
         for parameter in layer.parameters():
@@ -152,7 +157,7 @@ def _find_layers(net: nn.Module, plan: ConversionPlan) -> dict[str, Layer]:
 
 
 def _fits(module: Layer, layer: LayerPlan) -> bool:
-    shape = tuple(module.weight.shape)
+    shape = kernel_shape(module)
     widened = shape + (1,) * (len(layer.kernel) - len(shape)) if isinstance(module, nn.Linear) else shape
     return layer.kind in (cls.__name__ for cls in type(module).__mro__) and widened == layer.kernel
 

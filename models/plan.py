@@ -58,6 +58,7 @@ class ConversionPlan:
         parameters_before: Parameters of the static network.
         left: Layers that stay static though layers like them are replaced, with the reason.
         shared_parameters: Parameters of what layers share.
+        untraced: Why the network could not be run to see how its layers are used, if so.
     """
 
     operator: str
@@ -66,6 +67,7 @@ class ConversionPlan:
     parameters_before: int
     left: tuple[tuple[str, str], ...] = ()
     shared_parameters: int = 0
+    untraced: str | None = None
 
     layer_type: ClassVar[type[LayerPlan]] = LayerPlan
 
@@ -140,6 +142,8 @@ class ConversionPlan:
             if layer.repeats > 1
         ]
         notes += [f"{name} stays static: {reason}" for name, reason in self.left]
+        if self.untraced is not None:
+            notes.append(f"how the layers are used was not seen: {self.untraced}")
         return "\n\n".join([*map(table_text, self.tables()), summary, *(["\n".join(notes)] if notes else [])])
 
 

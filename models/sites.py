@@ -11,11 +11,14 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .families import Place, find_family
-from .layers import LAYERS, Layer, pads_same
+from .layers import LAYERS, Layer, kernel_shape, pads_same
 from .obstacles import Obstacles
 from .structure import Trace, trace_layers
+from .twin import copy_to_meta, unchanged
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Site:
         parent: Name of the module that it is a part of, the innermost that is no container such as a Sequential; empty
             where that is the network.
         pads_same: Whether it pads as TensorFlow's "same", by the size of its input; it is `foreign` then.
-        foreign: Why it is not simply a layer of torch.nn, such as a subclass with arithmetic of its own.
+        foreign: Why it is not simply a layer of torch.nn that is called with a batch: a subclass with arithmetic of its
+            own, or a layer whose weight the network reads.
         obstacle: Why it cannot be replaced, such as hooks that would be lost.
     """
 
@@ -127,8 +131,8 @@ def find_sites(
 
     Args:
         net: Any network.
-        example_input: For a network without a table: an input of it, of which shape and type are used; it is run once
-            or twice on the meta device. None guesses one.
+        example_input: For a network without a table: an input of it, of which shape and type are used. Copies of the
+            network are run on the meta device. None guesses one.
         readers: Whether to find out which sites read each one's output.
         converted: Layers of other operators by name: they are no sites, and what is inside of them is theirs.
 
@@ -141,23 +145,27 @@ def find_sites(
     layers = {name: m for name, m in found.items() if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError(f"{type(net).__name__} holds no convolution and no linear layer of torch.nn")
+    obstacles = Obstacles(net)
+    problems = {name: obstacles.find(name, layer) for name, layer in layers.items()}
+    foreign = {name: obstacles.foreign(layer) for name, layer in layers.items()}
     family = find_family(net)
     trace = Trace()
+    if family is None or not _is_published(found, converted):
+        watched = {name: m for name, m in found.items() if name in layers or name in converted}
+        replaceable = [name for name in layers if problems[name] is None and foreign[name] is None]
+        trace = trace_layers(net, watched, replaceable, example_input)
     places: dict[str, Place] = {}
     if family is not None:
         places = family.place(list(layers))
     else:
-        watched = {name: m for name, m in found.items() if name in layers or name in converted}
-        trace = trace_layers(net, watched, example_input)
         places = {name: _place_by_structure(name, layers[name], trace) for name in layers}
-    obstacles = Obstacles(net)
     reading = _find_readers(net, {*layers, *converted}) if readers else {}
     sites = []
     for name, layer in layers.items():
         stage, block, role = places.get(name, ("", "", "unknown" if family else "body"))
         site = replace(_describe(name, layer), stage=stage, block=block, role=role, readers=reading.get(name, ()))
         known = 1 if family is not None or site.kind != "Linear" else None
-        repeats = trace.repeats.get(name, known) if family is None else known
+        repeats = trace.repeats.get(name, known)
         if site.kind == "Linear" and _is_sequence_first(net, name):
             repeats = 0
         sites.append(
@@ -167,9 +175,9 @@ def find_sites(
                 input_shape=trace.shapes.get(name),
                 turn=list(trace.shapes).index(name) if name in trace.shapes else None,
                 parent=_parent(found, name),
-                pads_same=pads_same(layer),
-                foreign=obstacles.foreign(layer),
-                obstacle=obstacles.find(name, layer),
+                pads_same=pads_same(layer) and name not in trace.uses,
+                foreign=foreign[name] or trace.uses.get(name),
+                obstacle=problems[name],
             )
         )
     return Sites(
@@ -178,7 +186,7 @@ def find_sites(
         sites=tuple(sites),
         batch_norm=any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()),
         parameters=sum(p.numel() for p in net.parameters()),
-        untraced=trace.error,
+        untraced=trace.error if family is None else None,
     )
 
 
@@ -189,8 +197,17 @@ def _parent(modules: Mapping[str, nn.Module], name: str) -> str:
     return parent
 
 
+def _is_published(modules: Mapping[str, nn.Module], converted: Collection[str]) -> bool:
+    """Whether a network computes as its table says: its modules are of the libraries that the tables were made for."""
+    own = [m for name, m in modules.items() if name not in converted]
+    return all(type(m).__module__.partition(".")[0] in _LIBRARIES and "forward" not in vars(m) for m in own)
+
+
+_LIBRARIES = ("torch", "timm", "torchvision")
+
+
 def check_network(net: nn.Module) -> None:
-    """Raise a ValueError for what cannot be converted in place: a wrapper, or a single layer."""
+    """Raise a ValueError for what cannot be converted in place: a wrapper, a single layer, or one with lazy modules."""
     wrappers = (
         "DistributedDataParallel",
         "DataParallel",
@@ -202,14 +219,21 @@ def check_network(net: nn.Module) -> None:
         raise ValueError(f"the network is wrapped in {type(net).__name__}: convert the network inside, then wrap it")
     if isinstance(net, LAYERS):
         raise ValueError(f"a single {type(net).__name__} cannot be swapped in place: put it into a module first")
+    for name, module in net.named_modules():
+        if any(is_lazy(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            kind = type(module).__name__
+            raise ValueError(f"{name or 'it'} is a {kind} without a shape: call the network on an input first")
 
 
 def _describe(name: str, layer: Layer) -> Site:
+    """What a layer's arguments say; its weight may be computed when it is read, and change something."""
     kind = next(cls.__name__ for cls in LAYERS if isinstance(layer, cls))
-    weight, bias = layer.weight, layer.bias is not None
-    kernel = tuple(weight.shape)
+    bias = "bias" in layer._parameters and layer._parameters["bias"] is not None
+    bias = bias or parametrize.is_parametrized(layer, "bias")
+    dtype = next((p.dtype for p in layer.parameters()), torch.get_default_dtype())
+    kernel = kernel_shape(layer)
     if isinstance(layer, nn.Linear):
-        return Site(name, kind, layer.in_features, layer.out_features, kernel, 1, bias, weight.dtype)
+        return Site(name, kind, layer.in_features, layer.out_features, kernel, 1, bias, dtype)
     return Site(
         name,
         kind,
@@ -218,7 +242,7 @@ def _describe(name: str, layer: Layer) -> Site:
         kernel,
         layer.groups,
         bias,
-        weight.dtype,
+        dtype,
         tuple(layer.stride),
         layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
         tuple(layer.dilation),
@@ -255,7 +279,8 @@ def _find_readers(net: nn.Module, layers: Collection[str]) -> dict[str, tuple[st
             return module_qualified_name in layers or super().is_leaf_module(m, module_qualified_name)
 
     try:
-        graph = Tracer().trace(net)
+        with unchanged(net):
+            graph = Tracer().trace(copy_to_meta(net)[0])
     except Exception:  # control flow that depends on values raises whatever it likes
         return {}
     found: dict[str, tuple[str, ...]] = {}

@@ -87,9 +87,16 @@ class Geometry:
         return self.pad(x), Geometry(self.stride, ((0, 0),) * len(self.stride), self.dilation, self.groups)
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
-        """Spatial size of the output."""
+        """Spatial size of the output.
+
+        Raises:
+            ValueError: An input that is smaller than the kernel.
+        """
         sizes = zip(input_size, self.padding, self.dilation, kernel_size, self.stride, strict=True)
-        return tuple(output_length(n, k, s, a + b, d) for n, (a, b), d, k, s in sizes)
+        size = tuple(output_length(n, k, s, a + b, d) for n, (a, b), d, k, s in sizes)
+        if any(n < 1 for n in size):
+            raise ValueError(f"an input of {tuple(input_size)} is too small for a kernel of {tuple(kernel_size)}")
+        return size
 
 
 def output_length(length: int, taps: int, stride: int, padding: int, dilation: int) -> int:

@@ -76,6 +76,21 @@ class TestBuildModel:
         assert net.drop_rate == 0.2
         assert net.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 11)
 
+    @pytest.mark.parametrize("model", ["convnext_atto", "kw_convnext_atto", "inception_next_atto"])
+    def test_images_that_are_too_small_are_refused_before_anything_runs(self, model):
+        fields = {"model": model, "nb_classes": 2, "in_chans": 1}
+        with torch.device("meta"):
+            with pytest.raises(ConfigError, match=f"'input_size': {model} does not run on images of 16×16: .* greater"):
+                build_model({**fields, "input_size": 16})
+            net = build_model({**fields, "input_size": 32})
+            assert net(torch.empty(2, 1, 32, 32)).shape == (2, 2)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_layers_say_so_too(self, training):
+        net = build_model({"model": "kw_convnext_atto", "nb_classes": 2}).train(training)
+        with pytest.raises(ValueError, match=r"^an input of \(1, 1\) is too small for a kernel of \(2, 2\)$"):
+            net(torch.randn(2, 3, 16, 16))
+
     def test_networks_of_a_fixed_size_take_the_input_size(self):
         mixer = build_model({"model": "kw_mixer_s32_224", "input_size": 64, "nb_classes": 2})
         assert mixer.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 2)

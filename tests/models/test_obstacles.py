@@ -65,6 +65,80 @@ def test_a_layer_of_another_class_stays_and_is_listed_or_is_refused_where_it_is_
         plan_conversion(net, KWConfig(warehouses={"[12]": "all"}))
 
 
+def with_weight(m, weight):
+    m.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+
+
+class Marked(nn.Parameter):
+    """A parameter of another class."""
+
+
+# By what somebody did to one of two equal layers: what the refusal says. Both are given.
+UNUSUAL = {
+    "complex": (lambda m, other: m.to(torch.complex64), "has a weight of complex64; operators know float16, bfloat16"),
+    "integers": (lambda m, other: with_weight(m, m.weight.to(torch.int8)), "has a weight of int8"),
+    "eight bits": (lambda m, other: with_weight(m, m.weight.to(torch.float8_e4m3fn)), "has a weight of float8_e4m3fn"),
+    "no elements": (lambda m, other: m.__init__(0, 8, 3), "has a kernel without elements"),
+    "sparse": (lambda m, other: with_weight(m, m.weight.detach().to_sparse()), "weight that is no plain parameter"),
+    "another class": (lambda m, other: setattr(m, "weight", Marked(m.weight)), "no plain parameter, but a Marked"),
+    "no parameter": (lambda m, other: m.register_parameter("weight", None), "no plain parameter, but a NoneType"),
+    "channels cut": (
+        lambda m, other: with_weight(m, m.weight[:4]),
+        r"weight of \(4, 8, 3, 3\) where its",
+    ),
+    "bias cut": (lambda m, other: setattr(m, "bias", nn.Parameter(m.bias[:4])), r"has a bias of \(4,\) where"),
+    "mask": (lambda m, other: m.register_buffer("mask", torch.ones(1)), "has mask beside its weight and bias"),
+    "adapter": (lambda m, other: m.add_module("lora", nn.Linear(1, 1)), "has lora beside its weight and bias"),
+    "one bias": (lambda m, other: setattr(m, "bias", other.bias), r"bias and body\.1\.bias share one bias"),
+    "memory": (lambda m, other: with_weight(m, other.weight.data), "share one weight"),
+    "overlap": (
+        lambda m, other: setattr(m, "bias", nn.Parameter(other.bias.data.view(2, 4).flatten())),
+        "share one bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_a_layer_that_is_not_as_its_class_makes_it_is_refused_by_name(change):
+    function, reason = UNUSUAL[change]
+    net = nn.Sequential()
+    net.stem, net.body = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    config = KWConfig(warehouses={r"body\..": "all"})
+    plan = plan_conversion(net, config)
+    function(net.body[1], net.body[0])
+    state = {name: id(p) for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=rf"body\..*{reason}"):
+        plan_conversion(net, config)
+    with pytest.raises(ValueError, match=r"body|does not run"):
+        plan_conversion(net, KWConfig())
+    with pytest.raises(ValueError, match=r"body\.1"):
+        convert_(net, plan)  # though the plan was made before
+    assert {name: id(p) for name, p in net.named_parameters()} == state
+
+
+def test_parameters_side_by_side_in_memory_are_no_obstacle():
+    net = narrow_resnet()
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, net.parameters())
+    assert convert_(net, KWConfig()) is net
+
+
+def test_a_block_under_two_names_is_converted_once():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))).eval()
+    net.append(net[1])
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = net(x)
+        convert_(net, KWConfig(), example_input=x)
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    assert net[1][0] is net[2][0]
+    again = copy.deepcopy(net)
+    for p in again.parameters():
+        nn.init.zeros_(p)
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(x), net(x))
+
+
 class Tokens(nn.Module):
     """Linear layers over (T, B, C), (B, T, C) or windows (B · windows, T, C)."""
 

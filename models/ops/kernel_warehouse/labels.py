@@ -147,6 +147,9 @@ def label_by_structure(sites: Sites) -> Labels:
         if site.role == "body" and site.foreign is None:
             key = f"{site.stage}_{_kind(site)}"
             labels.append((site, _join(groups.setdefault(key, []), key, site.kernel)))
+    left = [f"{site.name}: {site.foreign}" for site in sites if site.foreign and site.role == "body"]
+    if not labels and left:
+        raise ValueError(f"nothing to convert in {sites.network}; {left[0]}")
     if not labels:
         raise ValueError("no layer of the network reads more than one position; choose layers with `include`")
     return labels

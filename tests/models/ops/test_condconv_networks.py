@@ -55,7 +55,7 @@ def net(config):
 
 @pytest.fixture
 def small():
-    """One with a block in each stage, whose classifier is routed by its own input and whose last blocks route theirs."""
+    """A block in each stage; the classifier is routed by its own input, and the last blocks route their layers."""
     return converted(CONFIGS["block"], layers=(1, 1, 1, 1))
 
 
