@@ -1,5 +1,6 @@
 """Whether an optimizer can go on from a saved state: compared with what it keeps after a step, and tried."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,7 @@ def check_moments(optimizer: Optimizer, saved: Mapping[str, Any], run: RunConfig
         if absent == sum(sizes):
             raise CheckpointError("'optimizer.state' of its state is empty, and the optimizer has taken steps")
         warnings.warn(
-            f"{absent} of {sum(sizes)} parameters have no moments in the state, and begin afresh", stacklevel=3
+            f"{absent} of {sum(sizes)} parameters have no moments in the checkpoint, and begin afresh", stacklevel=3
         )
 
 
@@ -65,28 +66,22 @@ def _after_a_step(parameter: nn.Parameter, group: Mapping[str, Any], run: RunCon
     return dict(twin.state_dict()["state"].get(0, {}))
 
 
-def _try(
-    parameter: nn.Parameter,
-    group: Mapping[str, Any],
-    run: RunConfig,
-    entry: object,
-    their: Mapping[str, Any],
-    index: int,
-) -> None:
-    """Take a step from a saved state."""
-    twin = _twin(parameter, group, run)
+def _try(twin: Optimizer, group: Mapping[str, Any], entry: object, name: str) -> None:
+    """Take a step from a saved group and a saved entry of one parameter."""
     try:
-        twin.load_state_dict({"state": {0: entry} if entry else {}, "param_groups": [{**their, "params": [0]}]})
+        # Torch steps in the very tensors that it is given.
+        copied = copy.deepcopy({"state": {0: entry} if entry else {}, "param_groups": [{**group, "params": [0]}]})
+        twin.load_state_dict(copied)
         _step(twin)
     except Exception as e:  # whatever an optimizer stumbles over
-        raise CheckpointError(f"'optimizer' of its state cannot be gone on from: parameter {index}: {e!r}") from e
+        raise CheckpointError(f"'optimizer' of its state: no step can be taken from it for {name}: {e!r}") from e
 
 
 def _twin(parameter: nn.Parameter, group: Mapping[str, Any], run: RunConfig) -> Optimizer:
     """The same optimizer over a copy of a parameter, with a gradient."""
-    copy = nn.Parameter(parameter.detach().clone())
-    copy.grad = torch.full_like(copy, 1e-3)
-    return make_optimizer([{"params": [copy], **{name: group[name] for name in OURS}}], run)
+    twin = nn.Parameter(parameter.detach().clone())
+    twin.grad = torch.full_like(twin, 1e-3)
+    return make_optimizer([{"params": [twin], **{name: group[name] for name in OURS}}], run)
 
 
 def _step(optimizer: Optimizer) -> None:
