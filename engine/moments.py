@@ -35,6 +35,13 @@ def check_moments(optimizer: Optimizer, saved: Mapping[str, Any], run: RunConfig
         raise MisfitError(
             f"it belongs to another optimizer: its groups have {found} parameters, here they have {sizes}"
         )
+    for number, (group, their) in enumerate(zip(groups, theirs, strict=True)):
+        # The schedule sets the weight decay of groups that decay.
+        for name in ("decays", "lr_scale", *(() if group["decays"] else ("weight_decay",))):
+            if their[name] != group[name]:
+                raise MisfitError(
+                    f"it belongs to another optimizer: '{name}' of group {number} is {their[name]}, here {group[name]}"
+                )
     kept: dict[tuple[int, torch.Size, torch.dtype], dict[str, Any]] = {}
     absent = 0
     for number, (group, their) in enumerate(zip(groups, theirs, strict=True)):
@@ -96,6 +103,8 @@ def _compare(entry: Mapping[str, Any], kept: Mapping[str, Any], parameter: Tenso
         if key not in entry:
             raise CheckpointError(f"'optimizer.state' of its state has no '{key}' of {name}")
         found = entry[key]
+        if key == "step" and float(found) < float(wanted):
+            raise CheckpointError(f"'optimizer.state' of its state: {name} has moments, and was updated {found} times")
         if not isinstance(wanted, Tensor):
             continue
         number = wanted.numel() == 1 and isinstance(found, int | float) and not isinstance(found, bool)

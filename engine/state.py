@@ -186,12 +186,10 @@ class Training:
             MisfitError: It belongs to another model, optimizer or data set.
             CheckpointError: It is no state that this training could go on from.
         """
-        weights = fit_weights(self.model, state["model"], source="it belongs to another model").state
+        weights = _fitted(self.model, state["model"], "its weights")
         average = None
         if self.ema is not None:
-            average = fit_weights(
-                self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model"
-            ).state
+            average = _fitted(self.ema.module, state.get("model_ema", state["model"]), "its average")
         try:
             saved = optimizer_state_for(self.model, state["model"], state["optimizer"], self.run)
         except (RuntimeError, ValueError, KeyError) as e:
@@ -227,6 +225,13 @@ class Training:
             self.losses.copy_(torch.tensor(mine["losses"], dtype=torch.float64))
         elif self.world.is_main:
             self.losses.copy_(torch.tensor([p["losses"] for p in processes], dtype=torch.float64).sum(0))
+
+
+def _fitted(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    try:
+        return fit_weights(model, weights, source=source).state
+    except MisfitError as e:
+        raise MisfitError(f"it belongs to another model: {e}") from e
 
 
 def _has_updated(state: dict[str, Any]) -> bool:

@@ -19,6 +19,8 @@ from ..models import KEPT_FOR, CheckpointError, check_entries, is_finite
 NUMBERS = {getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64")}
 NUMBERS |= {getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")}
 
+MOST = 2**40  # steps and samples that a training may count to
+
 Check = Callable[[Any, str], None]  # of a value and its name; raises a CheckpointError
 
 
@@ -50,7 +52,7 @@ def _fail(name: str, wanted: str, found: Any) -> None:
 
 def _whole(low: int) -> Check:
     def check(value: Any, name: str) -> None:
-        if type(value) is not int or value < low:
+        if type(value) is not int or not low <= value <= MOST:
             _fail(name, f"a whole number from {low}", value)
 
     return check
@@ -130,8 +132,8 @@ def _plain(value: Any, name: str) -> None:
 
 
 def _count(value: Any, name: str) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0 or value != int(value):
-        _fail(name, "a whole number from 0", value)
+    if type(value) not in (int, float) or not 0 <= value <= MOST or value != int(value):
+        _fail(name, f"a whole number from 0 to {MOST}", value)
 
 
 def _moment(value: Tensor, name: str) -> None:

@@ -15,6 +15,7 @@ from .ops.tied import Temperature
 from .translation import Translation, canonical_names, original_translation
 from .values import cannot_hold, is_finite
 
+VARIANCE = "running_var"
 TEMPERATURE = ".temperature.value"  # how the names of temperatures end in a state dict
 
 
@@ -150,11 +151,12 @@ def check_values(state: Mapping[str, Tensor], target: Mapping[str, Any], source:
         source: What to call them.
 
     Raises:
-        CheckpointError: Complex values for real weights, values beyond the range of the weights' type, or fractions
-            for whole numbers.
+        CheckpointError: Complex values for real weights, values beyond the range of the weights' type, fractions for
+            whole numbers, or negative variances.
     """
     pairs = {k: (v, target[k]) for k, v in state.items() if isinstance(target.get(k), Tensor)}
     wrong = [f"{k} {problem}" for k, (v, t) in pairs.items() if (problem := cannot_hold(v, t.dtype)) is not None]
+    wrong += [f"{k} has negative variances" for k, (v, _) in pairs.items() if k.endswith(VARIANCE) and (v < 0).any()]
     if wrong:
         raise CheckpointError(f"{source}: values that the network cannot hold: {_some(wrong)}")
     broken = [k for k, (v, _) in pairs.items() if not is_finite(v)]
