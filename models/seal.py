@@ -18,6 +18,7 @@ DIGEST = hashlib.sha256().digest_size
 NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
 LONGEST = END_SIZE + 2**16 - 1
 MANY = 2**16 - 1  # in place of a number of members that two bytes do not hold
+FOLDER = 0x10  # in the attributes of a member
 BLOCK = 2**24
 
 
@@ -72,6 +73,9 @@ def _damaged_member(file: BinaryIO, members: int, with_content: bool) -> str | N
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             return f"it has two members of the name {twice[0]}"
+        for info in infos:  # of a folder torch reads nothing, and leaves the values what the memory held
+            if info.external_attr & FOLDER and not info.is_dir():
+                return f"its member {info.filename} is said to be a folder"
         for info in infos if with_content else ():
             read = 0
             with archive.open(info) as member:
