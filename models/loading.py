@@ -13,7 +13,7 @@ from .convert import dynamic_layers, plans, sharing
 from .operators import get_operator
 from .ops.tied import Temperature
 from .translation import Translation, canonical_names, original_translation
-from .values import cannot_hold, is_finite
+from .values import cannot_hold, has_negative, is_finite
 
 VARIANCE = "running_var"
 TEMPERATURE = ".temperature.value"  # how the names of temperatures end in a state dict
@@ -118,8 +118,8 @@ def fit_weights(
         raise MisfitError("\n  ".join([f"{source}: the weights do not fit this {type(model).__name__}:", *lines]))
     new_head = tuple(k for k in target if k.startswith(head)) if wrong else ()
     kept = {k: v for k, v in state.items() if not (wrong and k.startswith(head))}
-    check_values(kept, target, source)
     _check_temperatures(model, kept, source)
+    check_values(kept, target, source)
     return Fitted({**kept, **{k: target[k] for k in new_head}}, new_head)
 
 
@@ -155,13 +155,19 @@ def check_values(state: Mapping[str, Tensor], target: Mapping[str, Any], source:
             whole numbers, or negative variances.
     """
     pairs = {k: (v, target[k]) for k, v in state.items() if isinstance(target.get(k), Tensor)}
-    wrong = [f"{k} {problem}" for k, (v, t) in pairs.items() if (problem := cannot_hold(v, t.dtype)) is not None]
-    wrong += [f"{k} has negative variances" for k, (v, _) in pairs.items() if k.endswith(VARIANCE) and (v < 0).any()]
+    wrong = [f"{k} {problem}" for k, (v, t) in pairs.items() if (problem := _problem(k, v, t.dtype)) is not None]
     if wrong:
         raise CheckpointError(f"{source}: values that the network cannot hold: {_some(wrong)}")
     broken = [k for k, (v, _) in pairs.items() if not is_finite(v)]
     if broken:
         warnings.warn(f"{source}: has NaN or infinite values, and is loaded with them: {_some(broken)}", stacklevel=4)
+
+
+def _problem(name: str, value: Tensor, dtype: torch.dtype) -> str | None:
+    problem = cannot_hold(value, dtype)
+    if problem is None and name.endswith(VARIANCE) and has_negative(value):
+        return "has negative variances"
+    return problem
 
 
 def translations(model: nn.Module) -> list[Translation]:
@@ -194,8 +200,8 @@ def _check_temperatures(model: nn.Module, state: Mapping[str, Tensor], source: s
     for name, temperature in _temperatures(model).items():
         if name in state:
             try:
-                temperature.check(state[name].item())
-            except ValueError as e:
+                temperature.check(float(state[name]))
+            except (ValueError, RuntimeError) as e:  # complex values among them
                 raise CheckpointError(f"{source}: {name}: {e}") from e
 
 

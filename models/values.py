@@ -35,6 +35,12 @@ def cannot_hold(value: Tensor, dtype: torch.dtype) -> str | None:
         return f"is of type {_name(value.dtype)}, which cannot be made {_name(dtype)}"
 
 
+def has_negative(value: Tensor) -> bool:
+    """Whether a dense tensor of real numbers has one below 0."""
+    ordered = _as_ordered(value) if value.is_floating_point() else value
+    return bool((ordered < 0).any())
+
+
 def _overflows_nowhere(value: Tensor, held: Tensor) -> bool:
     if is_finite(held):
         return True
