@@ -195,13 +195,11 @@ class Training:
         except (RuntimeError, ValueError, KeyError) as e:
             raise MisfitError(f"it belongs to another optimizer: {e}") from e
         check_moments(self.optimizer, saved, self.run, updated=_has_updated(state))
-        steps, whole = (
-            math.ceil(state["iteration"] / state["config"]["update_freq"]),
-            self.schedule.iterations_per_epoch,
-        )
+        steps = math.ceil(state["iteration"] / state["config"]["update_freq"])
+        whole = self.schedule.iterations_per_epoch
         iteration = whole if state["iteration"] == state["iterations_per_epoch"] else steps * self.run.update_freq
         if iteration > whole + self.run.update_freq - 1:
-            raise MisfitError(f"it belongs to another data set: {iteration} iterations are done in an epoch of {whole}")
+            raise MisfitError(f"it belongs to other data: {iteration} iterations are done in an epoch of {whole}")
         copy_weights(self.model, weights, "its weights")
         if self.ema is not None and average is not None:
             copy_weights(self.ema.module, average, "its average")

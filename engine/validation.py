@@ -249,7 +249,7 @@ SCHEMA: dict[str, tuple[bool, Check]] = {
     "best": (True, _mapping(_number(0, 100))),
     "processes": (True, _processes),
     "config": (True, _fields({"batch_size": _whole(1), "update_freq": _whole(1)}, _anything)),
-    "temperature": (False, _plain),
+    "temperature": (False, lambda value, name: None if value is None else _number()(value, name)),
     "plans": (False, _sequence(_mapping(_anything))),
     "tuned": (False, _mapping(_one_of(str))),
     "versions": (False, _mapping(_one_of(str))),

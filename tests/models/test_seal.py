@@ -110,7 +110,7 @@ def test_what_others_write_is_read(files, tmp_path):
     path = tmp_path / "c.pth"
     rewritten(files["plain"], path, lambda n, c: [(n, c)], compression=zipfile.ZIP_DEFLATED)
     assert not is_refused(path)
-    for comment in (b"a comment", b"x" * 60000):
+    for comment in (b"a comment", b"x" * 1000):
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = comment
         assert not is_refused(path)
