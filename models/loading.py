@@ -155,7 +155,7 @@ def check_values(state: Mapping[str, Tensor], target: Mapping[str, Any], source:
             whole numbers, or negative variances.
     """
     pairs = {k: (v, target[k]) for k, v in state.items() if isinstance(target.get(k), Tensor)}
-    wrong = [f"{k} {problem}" for k, (v, t) in pairs.items() if (problem := _problem(k, v, t.dtype)) is not None]
+    wrong = [f"{k} {problem}" for k, (v, t) in pairs.items() if (problem := _problem(k, v, t)) is not None]
     if wrong:
         raise CheckpointError(f"{source}: values that the network cannot hold: {_some(wrong)}")
     broken = [k for k, (v, _) in pairs.items() if not is_finite(v)]
@@ -163,8 +163,10 @@ def check_values(state: Mapping[str, Tensor], target: Mapping[str, Any], source:
         warnings.warn(f"{source}: has NaN or infinite values, and is loaded with them: {_some(broken)}", stacklevel=4)
 
 
-def _problem(name: str, value: Tensor, dtype: torch.dtype) -> str | None:
-    problem = cannot_hold(value, dtype)
+def _problem(name: str, value: Tensor, target: Tensor) -> str | None:
+    if target.ndim == 0 and value.ndim != 0:  # of which torch would take the first
+        return f"has shape {tuple(value.shape)}, not ()"
+    problem = cannot_hold(value, target.dtype)
     if problem is None and name.endswith(VARIANCE) and has_negative(value):
         return "has negative variances"
     return problem
