@@ -63,10 +63,13 @@ class Preset:
     Attributes:
         backbone: timm's name of the static network.
         fields: The operator's fields.
+        replaced: Entries of timm's default configuration, "first_conv" or "classifier", whose layers are replaced by
+            such as have no weight of that name.
     """
 
     backbone: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class DynamicLayer(nn.Module):
         self.plan = None
         self.implementation = "auto"
         self.temperature = None
+        # torch.fx takes instances of what it believes to be torch.nn for leaves of a trace.
+        self.__module__ = "torch.nn"
 
     def candidates(self) -> Mapping[str, Implementation]:
         """The implementations that `implementation` may name, beside "auto"; none where there is but one."""
