@@ -32,6 +32,7 @@ from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig, Preset, Rep
 from .ops.tied import Tied
 from .plan import ConversionPlan, LayerPlan
 from .sites import Site, Sites
+from .temperature import TemperatureSchedule
 from .tuning import tune
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Report",
     "Site",
     "Sites",
+    "TemperatureSchedule",
     "Tied",
     "anneals",
     "build_model",

@@ -4,6 +4,7 @@ timm loads weights and wraps feature extractors before anybody could convert the
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -184,9 +185,9 @@ def _load_converted(net: Any, state: dict[str, Tensor], cfg: Mapping[str, Any], 
             state = translation.from_authors(state)
             break
     state = canonical_names(net, state)
-    layers, replaced = dynamic_layers(net), []
+    target, layers, replaced = net.state_dict(), dynamic_layers(net), []
     if net.num_classes != cfg.get("num_classes"):
-        replaced += [name for name in _names(cfg.get("classifier")) if f"{name}.weight" not in net.state_dict()]
+        replaced += [name for name in _names(cfg.get("classifier")) if f"{name}.weight" not in target]
     if in_chans != (cfg.get("input_size") or (3,))[0]:
         stems = [name for name in _names(cfg.get("first_conv")) if name in layers]
         if stems:
@@ -194,7 +195,9 @@ def _load_converted(net: Any, state: dict[str, Tensor], cfg: Mapping[str, Any], 
         replaced += stems
     dropped = _keys_of(net, replaced)
     kept = {key: value for key, value in state.items() if not (dropped and key.startswith(dropped))}
-    target = net.state_dict()
+    if any(key in target and value.shape != target[key].shape for key, value in kept.items()):
+        resample = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # position embeddings
+        kept = resample(kept, net) if resample else kept
     cfg = {**cfg, "state_dict": kept, "source": "", "classifier": weighted(cfg.get("classifier"), target)}
     cfg["first_conv"] = weighted(cfg.get("first_conv"), target)
     if isinstance(traits := getattr(net, "_traits", None), dict):
@@ -255,7 +258,7 @@ def _transplant(net: nn.Module, template: nn.Module) -> nn.Module:
             for hook in places[name]._forward_hooks.values():
                 layer.register_forward_hook(hook)
             template.set_submodule(name, layer)
-    kept = {key: value for key, value in wanted.items() if key in template.state_dict()}
+    kept = {key: wanted[key] for key in template.state_dict() if key in wanted}
     strange = [key for key, value in kept.items() if key not in state or state[key].shape != value.shape]
     if strange:
         raise ConfigError(

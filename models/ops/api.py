@@ -7,7 +7,7 @@ these types, and knows no operator by name.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,14 @@ class Anneal:
         if self.step:
             return max(self.start - self.step * epoch, self.end)
         return self.end if progress >= 1 else self.end + (self.start - self.end) * (1 - progress)
+
+    def after(self, epochs: float) -> float:
+        """The temperature when so many epochs of the run are done."""
+        return self.value(epochs / self.epochs if self.epochs else 1.0, int(epochs))
+
+    def within(self, epochs: float) -> "Anneal":
+        """The same for a run of so many epochs: it takes at most a third of them."""
+        return replace(self, epochs=min(self.epochs, epochs / 3))
 
 
 @dataclass(frozen=True)

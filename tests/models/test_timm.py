@@ -7,7 +7,6 @@ import timm
 import torch
 from timm.layers import create_feature_extractor, get_graph_node_names
 from timm.models import FeatureInfo
-from torch import nn
 
 import kernelwarehouse  # noqa: F401
 from kernelwarehouse.models import dynamic_layers, get_operator, sharing
@@ -115,7 +114,7 @@ class TestNetwork:
 
     @every_case
     def test_jit_script_is_refused_by_name(self, case):
-        with pytest.raises(Exception, match=r"torch\.jit\.script|not supported|cannot be compiled"):
+        with pytest.raises(RuntimeError, match=r"cannot be compiled by torch\.jit\.script; torch\.jit\.trace"):
             torch.jit.script(make(case)[0])
 
 
@@ -134,7 +133,7 @@ class TestFeatures:
             assert dynamic_layers(net)
             assert net.default_cfg is net.pretrained_cfg
             assert net.default_cfg["architecture"] == case[0]
-            assert net.default_cfg.keys() >= {"input_size", "mean", "first_conv"} - {"classifier", "num_classes"}
+            assert net.default_cfg.keys() == reference.default_cfg.keys() | {"url", "hf_hub_id", "tag"}
         assert all(user in dynamic_layers(net) for users in sharing(net).values() for user in users)
 
     @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
@@ -154,8 +153,6 @@ class TestFeatures:
             maps, expected = maps.values(), expected.values()
         assert [y.shape for y in maps] == [y.shape for y in expected]
         assert dynamic_layers(net)
-        net.train()
-        sum(y.mean() for y in net(x).values() if True) if isinstance(net(x), dict) else sum(y.mean() for y in net(x))
 
     @every_case
     def test_they_compute_what_the_network_does(self, case):
@@ -207,8 +204,7 @@ class TestTracing:
         assert sharing(traced) == sharing(net)
         twin = copy.deepcopy(traced)
         assert sharing(twin) == sharing(net)
-        assert type(dynamic_layers(twin)["layer1.0.conv1"]).__module__.startswith("kernelwarehouse")
-        assert isinstance(twin, nn.Module)
+        assert all(type(la).__module__.startswith("kernelwarehouse") for la in dynamic_layers(twin).values())
 
 
 class TestRegistry:
