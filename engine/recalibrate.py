@@ -14,7 +14,7 @@ from .freeze import train_mode
 from .state import Training
 
 # No more than this share of an epoch's batches, so that it costs a small part of an epoch's time.
-LARGEST_SHARE = 1 / 5
+LARGEST_SHARE = 1 / 10
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def recalibrate(
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum, norm.num_batches_tracked = None, torch.zeros((), dtype=torch.long, device=norm.running_var.device)
+        norm.momentum = None  # torch then takes the mean over all batches, which it counts
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=norm.get_buffer("running_mean").device)
     seen = 0
     try:
         for images in batches if norms else ():
@@ -59,9 +60,7 @@ def recalibrate(
 
 def _average(norm: nn.modules.batchnorm._BatchNorm, world: World) -> None:
     """Give each process the mean of all means, and the variance about it."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, var = norm.running_mean, norm.running_var
+    mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     means, squares = world.reduce(torch.stack([mean, var + mean.square()]).double()) / world.size
     mean.copy_(means)
     var.copy_(squares - means.square())
@@ -74,7 +73,7 @@ def recalibrate_training(training: Training, loader: FinishingLoader[TrainSample
     for the running averages that are saved.
     """
     run = training.run
-    count = min(run.recalibrate_bn, max(1, int(LARGEST_SHARE * len(loader)))) if run.recalibrate_bn else 0
+    count = min(run.recalibrate_bn, max(2, int(LARGEST_SHARE * len(loader)))) if run.recalibrate_bn else 0
     if not count:
         return
     models = [training.model] if training.ema is None else [training.model, training.ema.module]

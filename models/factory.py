@@ -100,9 +100,7 @@ def weighted(names: str | tuple[str, ...] | list[str] | None, state: Mapping[str
     return names if names is None or kept == ((names,) if isinstance(names, str) else tuple(names)) else kept
 
 
-def _describe(
-    net: nn.Module, name: str, cfg: Mapping[str, Any], pretrained: bool, has_source: bool
-) -> dict[str, Any]:
+def _describe(net: nn.Module, name: str, cfg: Mapping[str, Any], pretrained: bool, has_source: bool) -> dict[str, Any]:
     """The configuration of a converted network, given that of the static one."""
     state = net.state_dict()
     layers = {key: weighted(cfg.get(key), state) for key in ("first_conv", "classifier") if key in cfg}
@@ -232,14 +230,9 @@ def _create_features(
     template = static(features_only=True, **kwargs)
     kind: Any = type(template)
     if issubclass(kind, _WRAPPERS):
-
-        class Converted(kind):
-            """What timm takes for the class of its wrapper, to convert the network before it is wrapped."""
-
-            def __new__(cls, model: nn.Module, **arguments: Any) -> Any:
-                return kind(finish(model), **arguments)
-
-        return static(features_only=True, **{**kwargs, "feature_cls": Converted})
+        # timm takes this for a class of its wrappers; made, it is one of a network that was converted before.
+        methods = {"__new__": lambda _, model, **arguments: kind(finish(model), **arguments)}
+        return static(features_only=True, **{**kwargs, "feature_cls": type(kind.__name__, (kind,), methods)})
     return _transplant(finish(static(**plain)), template)
 
 

@@ -51,13 +51,12 @@ def _convert_state(
         except ValueError as e:
             errors.append(f"these are weights of the static network: {e}")
             continue
-        temperatures = {f"{prefix}{name}." for name, m in net.named_modules() if isinstance(m, Temperature)}
+        temperatures = tuple(f"{prefix}{name}." for name, m in net.named_modules() if isinstance(m, Temperature))
         insides = tuple(f"{prefix}{name}." for name in layers)
         for key in [key for key in state_dict if key.startswith(insides)]:
             del state_dict[key]
-        for key, value in net.state_dict(prefix=prefix).items():
-            if key.startswith(insides) and not key.startswith(tuple(temperatures)):
-                state_dict[key] = value
+        made = net.state_dict(prefix=prefix).items()
+        state_dict |= {k: v for k, v in made if k.startswith(insides) and not k.startswith(temperatures)}
 
 
 def _static_layer(planned: LayerPlan, layer: DynamicLayer, state: Mapping[str, Any], name: str) -> Layer | None:

@@ -75,7 +75,9 @@ class TemperatureSchedule:
             ValueError: This is not what `state_dict` gives.
         """
         if not {"steps", "steps_per_epoch"} <= state.keys():
-            raise ValueError(f"not the state of a TemperatureSchedule: it has {', '.join(map(str, state)) or 'nothing'}")
+            raise ValueError(
+                f"not the state of a TemperatureSchedule: it has {', '.join(map(str, state)) or 'nothing'}"
+            )
         self.steps = round(state["steps"] * self.steps_per_epoch / state["steps_per_epoch"])
         self._set()
 

@@ -56,7 +56,7 @@ class RunConfig(Fields):
             average of a short run forgets its first values; false has the same decay throughout, as the authors' code.
         model_ema_eval: Evaluate it after each epoch too.
         recalibrate_bn: Training batches over which BatchNorm's statistics are estimated anew after each epoch, for the
-            network and its average, at most a fifth of the epoch's; 0 keeps their running averages, as the authors'
+            network and its average, at most a tenth of the epoch's, but two; 0 keeps running averages, as the authors'
             code does, which lag behind weights that change quickly.
         mixup: Alpha of mixup; 0 turns it off.
         cutmix: Alpha of cutmix; 0 turns it off.

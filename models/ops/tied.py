@@ -150,10 +150,6 @@ class Temperature(Tied):
         self.value.fill_(value)
         self.driven = True
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self.driven = self.driven or f"{prefix}value" in state_dict
-
     def expect(self, missing_keys: list[str]) -> None:
         """Called in a load_state_dict call, known by its missing keys, that brings weights of a layer with this τ."""
         if self._call is not missing_keys:

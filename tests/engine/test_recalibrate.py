@@ -13,6 +13,7 @@ from kernelwarehouse.engine import Training, World, evaluate_run, recalibrate, t
 from kernelwarehouse.models import build_model, set_temperature
 
 CONVERTED = {"model": "kw_resnet18", "sharing_range": "layer_conv", "lr": 2e-2}
+FIELDS = {**CONVERTED, "batch_size": 64, "epochs": 4, "model_ema": True, "model_ema_eval": True, "save_ckpt_num": 9}
 BATCHES = [torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(3)]
 
 
@@ -88,10 +89,8 @@ class TestRecalibrate:
 
 
 class TestRuns:
-    FIELDS = {**CONVERTED, "batch_size": 64, "epochs": 4, "model_ema": True, "model_ema_eval": True, "save_ckpt_num": 9}
-
     def test_the_average_of_a_short_run_is_as_good_as_its_weights(self, tiny_config, cpu, tmp_path):
-        fields = {**self.FIELDS, "output_dir": str(tmp_path)}
+        fields = {**FIELDS, "output_dir": str(tmp_path)}
         train_run(tiny_config(**fields), cpu)
         lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
         last = lines[-1]
@@ -114,7 +113,7 @@ class TestRuns:
         assert decays(1, model_ema_warmup=False)[1:] == [0.9999] * 3
 
     def test_running_averages_as_upstream_has_them(self, tiny_config, cpu):
-        fields = {**self.FIELDS, "epochs": 1, "recalibrate_bn": 0, "model_ema_warmup": False, "save_ckpt": False}
+        fields = {**FIELDS, "epochs": 1, "recalibrate_bn": 0, "model_ema_warmup": False, "save_ckpt": False}
         training = train_run(tiny_config(**fields), cpu)
         norm, average = training.model.bn1, training.ema.module.bn1
         assert norm.num_batches_tracked == 22
@@ -124,7 +123,7 @@ class TestRuns:
         assert not torch.equal(anew.bn1.running_mean, norm.running_mean)
 
     def test_the_training_itself_is_the_same(self, tiny_config, cpu):
-        fields = {**self.FIELDS, "batch_size": 256, "epochs": 1, "save_ckpt": False, "disable_eval": True}
+        fields = {**FIELDS, "batch_size": 256, "epochs": 1, "save_ckpt": False, "disable_eval": True}
         states = [train_run(tiny_config(**fields, recalibrate_bn=n), cpu).model.state_dict() for n in (0, 3)]
         weights = [[v for k, v in s.items() if "running" not in k] for s in states]
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

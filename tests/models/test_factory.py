@@ -114,7 +114,7 @@ class TestConvertedStemAndHead:
 
     def test_a_static_file_cannot_fill_fewer_cells(self, tmp_path):
         torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "static.pth")
-        with pytest.raises(RuntimeError, match="static network.*cell_num_ratio"):
+        with pytest.raises(RuntimeError, match=r"static network.*cell_num_ratio"):
             timm.create_model("kw1d2x_mobilenetv2_050", checkpoint_path=str(tmp_path / "static.pth"))
 
 
@@ -170,7 +170,7 @@ class TestStaticWeights:
         net = timm.create_model("kw_resnet18", **RESNET)
         with pytest.raises(RuntimeError, match=r"Missing key.*bn1\.weight"):
             net.load_state_dict({key: value for key, value in state.items() if key != "bn1.weight"})
-        with pytest.raises(RuntimeError, match="Unexpected key.*strange"):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*strange"):
             net.load_state_dict({**state, "strange": torch.zeros(1)})
         part = {key: value for key, value in state.items() if key != "layer4.0.conv2.weight"}
         with pytest.raises(RuntimeError, match=r"Unexpected key.*layer2\.0\.conv1\.weight"):

@@ -82,7 +82,9 @@ class TestReminder:
             net(X)
         net.eval()(X)
         net.train()
-        with pytest.warns(UserWarning, match=rf"{config.operator} stays at .*TemperatureSchedule\(model.*schedule.step"):
+        with pytest.warns(
+            UserWarning, match=rf"{config.operator} stays at .*TemperatureSchedule\(model.*schedule.step"
+        ):
             net(X)
         assert silent(net)
 

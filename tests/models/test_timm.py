@@ -1,4 +1,4 @@
-"""What timm promises of a registered name, for every name of every operator: one of each family, and with --all each."""
+"""What timm promises of a registered name: for one of each family and operator, and with --all for every name."""
 
 import copy
 
@@ -157,10 +157,10 @@ class TestFeatures:
     @every_case
     def test_they_compute_what_the_network_does(self, case):
         weights = make(case)[0].state_dict()
-        overlay = {"state_dict": weights}
-        net, x = make(case, pretrained=True, pretrained_cfg_overlay=overlay)
-        extractor, _ = make(case, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-        getter, _ = make(case, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True, feature_cls="getter")
+        loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
+        net, x = make(case, **loading)
+        extractor, _ = make(case, **loading, features_only=True)
+        getter, _ = make(case, **loading, features_only=True, feature_cls="getter")
         last = extractor(x)[-1]
         torch.testing.assert_close(last, getter(x)[-1])
         torch.testing.assert_close(last, net.forward_intermediates(x, intermediates_only=True)[-1])
