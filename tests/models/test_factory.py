@@ -175,3 +175,48 @@ class TestStaticWeights:
         part = {key: value for key, value in state.items() if key != "layer4.0.conv2.weight"}
         with pytest.raises(RuntimeError, match=r"Unexpected key.*layer2\.0\.conv1\.weight"):
             net.load_state_dict(part)
+
+
+class TestWeightsOfTheHub:
+    """timm's for the static network, as its factory downloads them."""
+
+    @pytest.fixture
+    def static(self, monkeypatch):
+        net, asked = stirred(timm.create_model("resnet18", **RESNET)), []
+
+        def download(where, **_kwargs):
+            asked.append(where)
+            return net.state_dict()
+
+        monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
+        return net, asked
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "where"),
+        [
+            ("kw_resnet18", {}, "timm/resnet18.a1_in1k"),
+            ("kw_resnet18.fb_swsl_ig1b_ft_in1k", {}, "timm/resnet18.fb_swsl_ig1b_ft_in1k"),
+            ("kw_resnet18", {"pretrained_cfg": "fb_ssl_yfcc100m_ft_in1k"}, "timm/resnet18.fb_ssl_yfcc100m_ft_in1k"),
+            ("kw_resnet18", {"pretrained_cfg_overlay": {"crop_pct": 1.0}}, "timm/resnet18.a1_in1k"),
+            ("kw_resnet18", {"pretrained_cfg": timm.get_pretrained_cfg("kw_resnet18")}, "timm/resnet18.a1_in1k"),
+            (
+                "kw_resnet18",
+                {"pretrained_cfg": timm.get_pretrained_cfg("kw_resnet18").to_dict()},
+                "timm/resnet18.a1_in1k",
+            ),
+        ],
+    )
+    def test_they_are_kept(self, static, x, name, arguments, where):
+        net = timm.create_model(name, pretrained=True, **arguments, **RESNET).eval()
+        torch.testing.assert_close(net(x), static[0](x), rtol=2e-3, atol=1e-3)
+        assert static[1] == [where]
+        assert net.default_cfg["architecture"] == "kw_resnet18"
+        if "pretrained_cfg_overlay" in arguments:
+            assert net.default_cfg["crop_pct"] == 1.0
+
+    def test_other_classes_channels_and_features(self, static, x):
+        net = timm.create_model("kw_resnet18", pretrained=True, num_classes=5, in_chans=1, **RESNET).eval()
+        torch.testing.assert_close(net.conv1.weight, static[0].conv1.weight.sum(1, keepdim=True))
+        assert net(x[:, :1]).shape == (2, 5)
+        features = timm.create_model("kw_resnet18", pretrained=True, features_only=True, **RESNET).eval()
+        torch.testing.assert_close(features(x)[-1], static[0].forward_features(x), rtol=2e-3, atol=1e-3)
