@@ -5,6 +5,7 @@ from .distributed import World, join
 from .evaluate import Metrics, evaluate
 from .memory import keep_freed_memory
 from .outputs import SaveError, check_picture
+from .recalibrate import recalibrate
 from .run import dry_run, evaluate_run, parameter_count, train_run
 from .signals import EXIT_INTERRUPTED, Interrupted
 from .state import NonFiniteLossError, Training
@@ -25,5 +26,6 @@ __all__ = [
     "keep_freed_memory",
     "parameter_count",
     "parse_arguments",
+    "recalibrate",
     "train_run",
 ]

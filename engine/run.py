@@ -28,6 +28,7 @@ from .evaluate import Metrics, at_size, evaluate, predict
 from .keeper import Keeper
 from .log import Progress, RunLog, say
 from .outputs import check_outputs
+from .recalibrate import recalibrate_training
 from .report import say_corrupt, write_reports
 from .resume import check_agreement, find_checkpoint, keep_total_batch, resume
 from .signals import heed_signals
@@ -175,6 +176,7 @@ def fit(
                 figures = train_epoch(training, train_loader, progress, keeper)
             training.end_epoch()
             training.set_temperature()
+            recalibrate_training(training, train_loader)
             if was_annealing and not schedule.anneals_at(training.iterations):
                 training.best.clear()  # accuracies at a temperature that the trained network does not have
             record = {"epoch": epoch, "n_parameters": parameter_count(training.model)}

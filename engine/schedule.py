@@ -78,10 +78,7 @@ class Schedule:
     def temperatures(self, iteration: int) -> dict[str, float]:
         """Return each operator's temperature at micro-batch number `iteration`, counted from 1 over all epochs."""
         epochs = iteration / self.iterations_per_epoch
-        return {
-            name: anneal.value(epochs / anneal.epochs if anneal.epochs else 1.0, int(epochs))
-            for name, anneal in self.anneals.items()
-        }
+        return {name: anneal.after(epochs) for name, anneal in self.anneals.items()}
 
     def anneals_at(self, iteration: int) -> bool:
         """Whether a temperature is not yet at its end there."""
@@ -108,7 +105,7 @@ def _fitted(anneal: Anneal, run: RunConfig, operator: str) -> Anneal:
             f"field 'temp_epoch': the temperature of {operator} would not reach its end, {anneal.end:g}, within "
             f"'epochs', {run.epochs}; found {run.temp_epoch:g}: pass a smaller --temp_epoch, or leave it unset"
         )
-    epochs = min(anneal.epochs, run.epochs / 3) if run.temp_epoch is None else run.temp_epoch
+    epochs = anneal.within(run.epochs).epochs if run.temp_epoch is None else run.temp_epoch
     if epochs > 0.9 * run.epochs:
         warnings.warn(
             f"field 'temp_epoch': the temperature of {operator} reaches its end after {epochs:g} of {run.epochs} "

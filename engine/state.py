@@ -95,7 +95,7 @@ class Training:
             world=world,
             losses=torch.zeros(2, dtype=torch.float64, device=world.device),
             mixup=_mixup(config),
-            ema=ModelEmaV3(model, decay=run.model_ema_decay) if run.model_ema else None,
+            ema=_moving_average(model, run, schedule.total_steps) if run.model_ema else None,
             epoch=run.start_epoch,
         )
         training.set_temperature()
@@ -251,6 +251,14 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise ConfigError("field 'sync_bn': the network has no BatchNorm; pass --sync_bn false")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _moving_average(model: nn.Module, run: RunConfig, total_steps: int) -> ModelEmaV3:
+    """The average of the weights; with a warm-up, of no more than about the last twentieth of the run."""
+    if not run.model_ema_warmup:
+        return ModelEmaV3(model, decay=run.model_ema_decay)
+    decay = min(run.model_ema_decay, max(0.0, 1 - 20 / total_steps))
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
 def _mixup(config: Config) -> Mixup | None:

@@ -181,7 +181,8 @@ def update_weights(training: Training) -> None:
     scaler.update()
     optimizer.zero_grad()
     if training.ema is not None:
-        training.ema.update(training.model)
+        # timm's warm-up counts updates; without it the decay is the same from the first one on.
+        training.ema.update(training.model, training.step + 1 if training.run.model_ema_warmup else None)
 
 
 def skip_step(training: Training, window: range) -> None:

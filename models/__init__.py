@@ -43,6 +43,7 @@ from .ops.tied import Tied
 from .plan import ConversionPlan, LayerPlan
 from .seal import seal
 from .sites import Site, Sites
+from .temperature import TemperatureSchedule
 from .tuning import tune
 from .values import cannot_hold, is_finite
 
@@ -64,6 +65,7 @@ __all__ = [
     "Report",
     "Site",
     "Sites",
+    "TemperatureSchedule",
     "Tied",
     "accelerate_",
     "anneals",

@@ -10,11 +10,11 @@ import timm
 import torch
 from timm.layers.drop import DropPath
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..configs.schema import ConfigError, ModelConfig
 from .convert import convert_
+from .factory import NO_WEIGHTS, create_converted
 from .families import find_family
 from .operators import built_in_operators, get_operator, read_config, split_model_name
 from .ops.api import OperatorConfig, Preset
@@ -143,22 +143,16 @@ def _check_input_size(net: nn.Module, config: ModelConfig) -> None:
 
 
 def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay"):
-        if kwargs.get(key) is None:
-            kwargs.pop(key, None)
     cls: type[OperatorConfig] = get_operator(operator).Config
-    fields = {f.name: kwargs.pop(f.name) for f in dataclasses.fields(cls) if f.name in kwargs}
-    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
+    names = {f.name for f in dataclasses.fields(cls)}
+    fields = {key: value for key, value in kwargs.items() if key in names}
+    kwargs = {key: value for key, value in kwargs.items() if key not in names}
+    if saved := kwargs.get("pretrained_model_args"):  # of a folder that timm's save_for_hf wrote
+        kwargs["pretrained_model_args"] = {key: value for key, value in saved.items() if key not in names}
     backbone = ALIASES.get(preset.backbone, preset.backbone)
     if not timm.is_model(backbone):
         raise ConfigError(f"timm has no network {backbone!r}{_nearest(name)}")
-    net: Any = timm.create_model(backbone, pretrained=pretrained, **kwargs)
-    cfg = {**(net.pretrained_cfg or {}), "architecture": name}
-    net.pretrained_cfg = net.default_cfg = cfg if pretrained else {**cfg, **_NO_WEIGHTS}
-    convert_(net, cls(**{**preset.fields, **fields}), keep_weights=pretrained)
-    if features_only:
-        return FeatureGetterNet(net, out_indices=out_indices if out_indices is not None else (0, 1, 2, 3))
-    return net
+    return create_converted(name, backbone, cls(**{**preset.fields, **fields}), pretrained, **kwargs)
 
 
 def _entry_point(name: str, operator: str) -> Callable[..., nn.Module]:
@@ -172,19 +166,19 @@ def _entry_point(name: str, operator: str) -> Callable[..., nn.Module]:
     return create
 
 
-def _default_cfg(name: str, backbone: str) -> dict[str, Any]:
+def _default_cfg(name: str, preset: Preset) -> dict[str, Any]:
     """timm's for the static network, without weights; another package may have registered it without any."""
     try:
-        cfg = timm.get_pretrained_cfg(backbone)
+        cfg = timm.get_pretrained_cfg(preset.backbone)
     except RuntimeError:  # which timm raises for the tags of a model that was registered over its own
         cfg = None
-    return {**(cfg.to_dict() if cfg is not None else {}), "architecture": name, **_NO_WEIGHTS}
+    fields = cfg.to_dict() if cfg is not None else {}
+    return {**fields, "architecture": name, **NO_WEIGHTS, **dict.fromkeys(preset.replaced, ())}
 
 
 # timm reads a model's default configuration from this name in the module that registers it.
-_NO_WEIGHTS = {"url": "", "hf_hub_id": None, "tag": ""}
 default_cfgs = generate_default_cfgs(
-    {name: _default_cfg(name, get_operator(op).presets[name].backbone) for name, op in registered_models().items()}
+    {name: _default_cfg(name, get_operator(op).presets[name]) for name, op in registered_models().items()}
 )
 __all__ = ["build_model", "create_model", "registered_models"]
 for _name, _operator in registered_models().items():

@@ -11,6 +11,7 @@ from .operators import get_operator
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig
 from .ops.tied import Temperature, Tied
 from .plan import ConversionPlan, LayerPlan
+from .reminder import remind
 from .sites import check_network, find_sites
 from .trial import ARGUMENTS
 
@@ -60,7 +61,8 @@ def convert_(
         example_input: As `plan_conversion`.
 
     Returns:
-        `net`, at the temperature of a trained network; `set_temperature` changes that.
+        `net`, at the temperature of a trained network; `TemperatureSchedule` and `set_temperature` change that. A
+        network that is trained before anybody has done so warns of it once.
 
     Raises:
         ValueError: The plan does not fit the network, or the operator cannot keep weights; nothing is changed then.
@@ -79,6 +81,7 @@ def convert_(
     _inherit(new, old)
     operator.apply_(net, plan, new)
     _leave_fast_paths_(net, new)
+    next(iter(new.values())).register_forward_pre_hook(remind)
     return net
 
 

@@ -52,7 +52,12 @@ class RunConfig(Fields):
         temp_init_value: Where the temperature starts; default: the operator's own.
         model_ema: Keep an exponential moving average of the weights.
         model_ema_decay: Its decay.
+        model_ema_warmup: Let the decay of update t be at most 1 − t^(−2/3), and 1 − 20 / all updates, so that the
+            average of a short run forgets its first values; false has the same decay throughout, as the authors' code.
         model_ema_eval: Evaluate it after each epoch too.
+        recalibrate_bn: Training batches over which BatchNorm's statistics are estimated anew after each epoch, for the
+            network and its average, at most a tenth of the epoch's, but two; 0 keeps running averages, as the authors'
+            code does, which lag behind weights that change quickly.
         mixup: Alpha of mixup; 0 turns it off.
         cutmix: Alpha of cutmix; 0 turns it off.
         mixup_prob: Probability of mixing a batch.
@@ -133,7 +138,9 @@ class RunConfig(Fields):
     temp_init_value: float | None = None
     model_ema: bool = False
     model_ema_decay: float = limited(0.9999, low=0, high=1)
+    model_ema_warmup: bool = True
     model_ema_eval: bool = False
+    recalibrate_bn: int = limited(40, low=0)
     mixup: float = limited(0.8, low=0)
     cutmix: float = limited(1.0, low=0)
     mixup_prob: float = limited(1.0, low=0, high=1)

@@ -7,7 +7,7 @@ these types, and knows no operator by name.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +57,14 @@ class Anneal:
             return max(self.start - self.step * epoch, self.end)
         return self.end if progress >= 1 else self.end + (self.start - self.end) * (1 - progress)
 
+    def after(self, epochs: float) -> float:
+        """The temperature when so many epochs of the run are done."""
+        return self.value(epochs / self.epochs if self.epochs else 1.0, int(epochs))
+
+    def within(self, epochs: float) -> "Anneal":
+        """The same for a run of so many epochs: it takes at most a third of them."""
+        return replace(self, epochs=min(self.epochs, epochs / 3))
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -65,10 +73,13 @@ class Preset:
     Attributes:
         backbone: timm's name of the static network.
         fields: The operator's fields.
+        replaced: Entries of timm's default configuration, "first_conv" or "classifier", whose layers are replaced by
+            such as have no weight of that name.
     """
 
     backbone: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class DynamicLayer(nn.Module):
         self.plan = None
         self.implementation = "auto"
         self.temperature = None
+        # torch.fx takes instances of what it believes to be torch.nn for leaves of a trace.
+        self.__module__ = "torch.nn"
 
     def candidates(self) -> Mapping[str, Implementation]:
         """The implementations that `implementation` may name, beside "auto"; none where there is but one."""

@@ -116,6 +116,7 @@ class Temperature(Tied):
         value: τ, a buffer.
         end: τ of a trained network.
         limits: The least and the greatest value.
+        driven: Whether somebody has set τ, or loaded the weights of a network, since the layers were made.
     """
 
     optional = True
@@ -124,7 +125,17 @@ class Temperature(Tied):
     def __init__(self, end: float, limits: tuple[float, float], **kwargs: Any):
         super().__init__()
         self.end, self.limits = end, limits
+        self._driven = [False]  # a list, which replicas of DataParallel share
         self.register_buffer("value", torch.full((), end, **kwargs))
+
+    @property
+    def driven(self) -> bool:
+        """See the class."""
+        return self._driven[0]
+
+    @driven.setter
+    def driven(self, value: bool) -> None:
+        self._driven[0] = value
 
     def check(self, value: float) -> None:
         """Raise a ValueError when τ cannot be `value`."""
@@ -137,12 +148,14 @@ class Temperature(Tied):
         """Set τ."""
         self.check(value)
         self.value.fill_(value)
+        self.driven = True
 
     def expect(self, missing_keys: list[str]) -> None:
         """Called in a load_state_dict call, known by its missing keys, that brings weights of a layer with this τ."""
         if self._call is not missing_keys:
             self._forget_call()
             self._call = missing_keys
+            self.driven = True
             with torch.no_grad():
                 self.value.fill_(self.end)
 

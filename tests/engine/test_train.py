@@ -162,7 +162,7 @@ def test_the_average_follows_the_weights(tiny_config, cpu, train_one_epoch, load
     images, targets = images_and_targets(4)
     model = linear_net()
     before = copy.deepcopy(model.state_dict())
-    config = tiny_config(model_ema=True, model_ema_decay=0.75, epochs=1)
+    config = tiny_config(model_ema=True, model_ema_decay=0.75, model_ema_warmup=False, epochs=1)
     training = Training.build(model, config, cpu, iterations_per_epoch=1)
     train_one_epoch(training, loader(images, targets, 4))
     for name, value in training.ema.module.state_dict().items():

@@ -50,11 +50,11 @@ class KernelWarehouse(Operator):
     presets: ClassVar[Mapping[str, Preset]] = {
         "kw_resnet18": Preset("resnet18"),
         "kw_resnet50": Preset("resnet50"),
-        "kw_mobilenetv2_050": Preset("mobilenetv2_050"),
-        "kw_mobilenetv2_100": Preset("mobilenetv2_100"),
-        "kw1d2x_mobilenetv2_050": Preset("mobilenetv2_050", _MOBILENETV2_HALF),
-        "kw1d2x_mobilenetv2_100": Preset("mobilenetv2_100", _MOBILENETV2_HALF),
-        "kw_convnext_tiny": Preset("convnext_tiny"),
+        "kw_mobilenetv2_050": Preset("mobilenetv2_050", replaced=("first_conv",)),
+        "kw_mobilenetv2_100": Preset("mobilenetv2_100", replaced=("first_conv",)),
+        "kw1d2x_mobilenetv2_050": Preset("mobilenetv2_050", _MOBILENETV2_HALF, ("first_conv", "classifier")),
+        "kw1d2x_mobilenetv2_100": Preset("mobilenetv2_100", _MOBILENETV2_HALF, ("first_conv", "classifier")),
+        "kw_convnext_tiny": Preset("convnext_tiny", replaced=("first_conv",)),
         "kw_deit_tiny": Preset("deit_tiny_patch16_224"),
         "kw_deit_small": Preset("deit_small_patch16_224"),
     }
