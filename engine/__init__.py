@@ -8,6 +8,7 @@ from .outputs import SaveError, check_picture
 from .run import dry_run, evaluate_run, parameter_count, train_run
 from .signals import EXIT_INTERRUPTED, Interrupted
 from .state import NonFiniteLossError, Training
+from .terminal import complain, flush_errors
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -18,9 +19,11 @@ __all__ = [
     "Training",
     "World",
     "check_picture",
+    "complain",
     "dry_run",
     "evaluate",
     "evaluate_run",
+    "flush_errors",
     "join",
     "keep_freed_memory",
     "parameter_count",

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..models import CheckpointError, read_checkpoint
-from .outputs import SaveError, writing
+from .outputs import replacing, writing
 
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
@@ -28,24 +28,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            torch.save(state, file)
-            _seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch's writer turns errors of the file into its own
-        raise SaveError(f"{path}: could not be written, and is as it was before: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps names in a journal
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with replacing(path) as temporary, temporary.open("w+b") as file:
         try:
-            os.fsync(folder)  # the new name is only durable once its folder is
-        finally:
-            os.close(folder)
+            torch.save(state, file)
+        except RuntimeError as e:  # torch's writer turns errors of the file into its own
+            raise OSError(*(e.__context__.args if isinstance(e.__context__, OSError) else e.args)) from e
+        _seal(file)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -75,29 +63,45 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged: starting anew would write over them.
     """
-    paths = _numbered(folder)
+    paths = numbered(folder)
     for path in paths:
         if (state := _read_or_warn(path)) is not None:
             return path, state
     if paths:
         raise CheckpointError(
-            f"{folder}: none of its {len(paths)} checkpoints can be read; move them away, or pass --auto_resume false "
-            "to start anew"
+            f"{folder}: none of its {len(paths)} checkpoints can be read; move them away, or pass another "
+            "--output_dir to start anew"
         )
     return None
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Delete all numbered checkpoints in `folder` but the newest `keep`, and half-written files of killed runs."""
-    for path in (*_numbered(folder)[keep:], *Path(folder).glob("checkpoint-*.pth.tmp")):
-        path.unlink()
+def prune_checkpoints(folder: str | Path, keep: int, newest: str) -> None:
+    """Delete numbered checkpoints, and half-written files of killed runs.
+
+    What is later than the checkpoint named `newest`, such as damaged files that were passed over, is left, and of all
+    others the last `keep`, itself among them. What cannot be deleted is named in a warning.
+    """
+    last = position(newest)
+    old = [path for path in numbered(folder) if position(path.name) <= last][keep:]
+    for path in (*old, *Path(folder).glob("checkpoint-*.pth*.tmp")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            warnings.warn(f"{path}: could not be deleted: {e.strerror or e}", stacklevel=3)
 
 
-def _numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints of epochs and steps, the newest first."""
-    names = {p: NAME.fullmatch(p.name) for p in Path(folder).glob("checkpoint-*.pth")}
-    ages = {p: (int(m[1]), float(m[2] or "inf")) for p, m in names.items() if m}
-    return sorted(ages, key=ages.__getitem__, reverse=True)
+def numbered(folder: str | Path) -> list[Path]:
+    """Return the checkpoints of epochs and steps, the newest first."""
+    paths = [path for path in Path(folder).glob("checkpoint-*.pth") if NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: position(path.name), reverse=True)
+
+
+def position(name: str) -> tuple[int, float]:
+    """Return epoch and step of a numbered checkpoint; the one after an epoch is later than those within it."""
+    match = NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"{name} is no numbered checkpoint")
+    return int(match[1]), float(match[2] or "inf")
 
 
 def _seal(file: BinaryIO) -> None:

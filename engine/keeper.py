@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from .checkpoint import prune_checkpoints, save_checkpoint
+from .checkpoint import NAME, prune_checkpoints, save_checkpoint
 from .signals import Notice
 from .state import NonFiniteLossError, Training
 
@@ -69,6 +69,7 @@ class Keeper:
         if self.training.world.is_main:
             for name in names:
                 save_checkpoint(self.folder / name, state)
-            prune_checkpoints(self.folder, self.training.run.save_ckpt_num)
+            if NAME.fullmatch(names[-1]):
+                prune_checkpoints(self.folder, self.training.run.save_ckpt_num, names[-1])
         self.newest = self.folder / names[-1]
         self.training.world.gather(None)  # no process ends before the checkpoint is written
