@@ -44,7 +44,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_file():
-        _check_seal(path)
+        try:
+            _check_seal(path)
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
     state = read_checkpoint(path)
     missing = sorted(REQUIRED - set(state))
     if missing:

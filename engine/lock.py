@@ -1,5 +1,6 @@
 """One training to a folder: a lock that the kernel releases when its process ends, in whatever way."""
 
+import errno
 import os
 import socket
 import sys
@@ -28,7 +29,6 @@ if sys.platform == "win32":
     def _lock(file: int) -> None:
         os.lseek(file, 2**30, os.SEEK_SET)  # what is locked cannot be read, and the holder's name is to be
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        os.lseek(file, 0, os.SEEK_SET)
 
 else:
     import fcntl
@@ -89,20 +89,22 @@ def _wait(path: Path, notice: Notice) -> int:
             told = True
         time.sleep(0.05)
     with suppress(OSError):  # a full disk: the name is for the messages of others
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return file
 
 
 def _try(path: Path) -> int | None:
     """Open and lock a file; None where another process has it locked. A file system without locks is a warning."""
+    file = _open(path, os.O_RDONLY)  # what is open for writing keeps a file system from becoming read-only
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-    except OSError as e:
-        raise ConfigError(f"field 'output_dir': {path} cannot be written: {e.strerror or e}") from e
-    _held.add(file)
-    try:
-        _lock(file)
+        try:
+            _lock(file)
+        except OSError as e:
+            if e.errno != errno.EBADF:
+                raise
+            _close(file)
+            file = _open(path, os.O_RDWR)  # as NFS wants it
+            _lock(file)
         if os.path.samestat(os.fstat(file), path.stat()):
             return file
     except (TAKEN, FileNotFoundError):
@@ -116,6 +118,15 @@ def _try(path: Path) -> int | None:
         return file
     _close(file)  # it is locked, or whoever had it locked has deleted it
     return None
+
+
+def _open(path: Path, access: int) -> int:
+    try:
+        file = os.open(path, access | os.O_CREAT, 0o666)
+    except OSError as e:
+        raise ConfigError(f"field 'output_dir': {path} cannot be opened: {e.strerror or e}") from e
+    _held.add(file)
+    return file
 
 
 def _close(file: int) -> None:

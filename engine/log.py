@@ -144,9 +144,9 @@ class RunLog:
             for number, line in enumerate(lines, 1):
                 found = _epoch(line)
                 if found is None and not (cut_short and number == len(lines)):
-                    text = line.decode(errors="replace").strip()
+                    text = line[:60].decode(errors="replace")
                     warnings.warn(
-                        f"{self.file}: line {number}, no record of an epoch, is left out: {text:.60}", stacklevel=2
+                        f"{self.file}: line {number}, no record of an epoch, is left out: {text!r}", stacklevel=2
                     )
                 if found is not None and found < epoch:
                     kept.append(line + b"\n")

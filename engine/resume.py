@@ -39,7 +39,8 @@ def find_checkpoint(run: RunConfig) -> Found | None:
 
 def _refuse_others(folder: str, found: Found | None) -> None:
     """Raise a ConfigError for checkpoints in `folder` that are not of the training that goes on from `found`."""
-    others, remedy = numbered(folder) if folder else [], "continue that one by --auto_resume true"
+    others = numbered(folder) if folder else []
+    remedy = f"leave out {'--resume' if found else '--auto_resume false'} to continue that one"
     if found and others and found.path.parent.samefile(folder):
         epoch, iteration, step = (found.state[key] for key in ("epoch", "iteration", "step"))
         reached = (epoch + 1, step) if iteration else (epoch, math.inf)
