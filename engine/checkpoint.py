@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..models import CheckpointError, read_checkpoint
-from .outputs import replacing, writing
+from .outputs import KEPT, replacing, writing
 
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
@@ -86,7 +86,8 @@ def prune_checkpoints(folder: str | Path, keep: int, newest: str) -> None:
     """
     last = position(newest)
     old = [path for path in numbered(folder) if position(path.name) <= last][keep:]
-    for path in (*old, *Path(folder).glob("checkpoint-*.pth*.tmp")):
+    half_written = [path for name in ("checkpoint-*.pth", *KEPT) for path in Path(folder).glob(f"{name}*.tmp")]
+    for path in (*old, *half_written):
         try:
             path.unlink(missing_ok=True)
         except OSError as e:
