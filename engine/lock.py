@@ -1,14 +1,15 @@
 """One training to a folder: a lock that the kernel releases when its process ends, in whatever way."""
 
 import errno
+import importlib
 import os
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..configs.schema import ConfigError
 from .distributed import World
@@ -21,22 +22,27 @@ WAIT = 30.0
 # Descriptors of the locks that this process has.
 _held: set[int] = set()
 
-if sys.platform == "win32":
-    import msvcrt
 
-    TAKEN = PermissionError
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
-    def _lock(file: int) -> None:
+
+fcntl, msvcrt = _module("fcntl"), _module("msvcrt")  # the latter on Windows
+TAKEN = (BlockingIOError, PermissionError)
+
+
+def _lock(file: int) -> None:
+    """Lock an open file; one of the errors TAKEN says that another process has it locked."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt:
         os.lseek(file, 2**30, os.SEEK_SET)  # what is locked cannot be read, and the holder's name is to be
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    TAKEN = BlockingIOError
-
-    def _lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 @contextmanager
@@ -107,7 +113,7 @@ def _try(path: Path) -> int | None:
             _lock(file)
         if os.path.samestat(os.fstat(file), path.stat()):
             return file
-    except (TAKEN, FileNotFoundError):
+    except (*TAKEN, FileNotFoundError):
         pass
     except OSError as e:
         warnings.warn(

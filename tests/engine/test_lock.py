@@ -121,6 +121,31 @@ def test_a_file_system_that_locks_only_what_is_open_for_writing(tmp_path, cpu, m
     assert not recwarn.list
 
 
+def test_windows_locks_a_byte_beyond_the_name(tmp_path, cpu, holder, monkeypatch):
+    """By a stand-in."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def locking(file, mode, size):
+        assert (mode, size) == ("no waiting", 1)
+        assert os.lseek(file, 0, os.SEEK_CUR) > 1000
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(13, "Permission denied") from None
+
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(lock, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK="no waiting"))
+    monkeypatch.setattr(lock, "WAIT", 0.1)
+    process = holder()
+    refused = pytest.raises(ConfigError, match=f"in use by process {process.pid} on ")
+    with refused, locked(str(tmp_path), cpu, Notice()):
+        pass
+    process.kill()
+    process.join()
+    with locked(str(tmp_path), cpu, Notice()):
+        pass
+
+
 def test_other_processes_do_not_lock_and_hear_of_the_outcome(tmp_path):
     refused = SimpleNamespace(is_main=False, gather=lambda mine: [ConfigError("in use"), mine])
     with pytest.raises(ConfigError, match="in use"), locked(str(tmp_path), refused, Notice()):
