@@ -7,9 +7,14 @@
 Every field of a configuration is an option too, and wins over the file: see --help.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# Outside of a training, which saves its state first, Ctrl+C is to end this as SIGTERM does: at once and in no words.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Python puts this folder first, where datasets/ would shadow Hugging Face's package of that name.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -21,8 +26,10 @@ from kernelwarehouse.engine import (
     Interrupted,
     NonFiniteLossError,
     SaveError,
+    complain,
     dry_run,
     evaluate_run,
+    flush_errors,
     join,
     keep_freed_memory,
     parse_arguments,
@@ -45,14 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 train_run(config, world)
     except (ConfigError, CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        complain(f"error: {e}")
         return 2
     except (NonFiniteLossError, SaveError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        complain(f"error: {e}")
         return 1
     except Interrupted as e:
-        print(e, file=sys.stderr)
+        complain(str(e))
         return EXIT_INTERRUPTED
+    finally:
+        flush_errors()
     return 0
 
 

@@ -117,11 +117,12 @@ def _loader(
 
 
 def _outlive_signals(_: int) -> None:
-    """Let a worker go on when torchrun or SLURM tell its group to end: the training still finishes its step.
+    """Let a worker go on when torchrun, SLURM or a terminal tell its group to end: the training finishes its step.
 
-    Windows has neither groups nor SIGUSR1, and nobody there who would send it.
+    Windows has no groups, and of these signals only SIGINT.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

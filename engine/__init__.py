@@ -9,6 +9,7 @@ from .recalibrate import recalibrate
 from .run import dry_run, evaluate_run, parameter_count, train_run
 from .signals import EXIT_INTERRUPTED, Interrupted
 from .state import NonFiniteLossError, Training
+from .terminal import complain, flush_errors
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -19,9 +20,11 @@ __all__ = [
     "Training",
     "World",
     "check_picture",
+    "complain",
     "dry_run",
     "evaluate",
     "evaluate_run",
+    "flush_errors",
     "join",
     "keep_freed_memory",
     "parameter_count",

@@ -1,6 +1,5 @@
 """Checkpoints of a training: written whole or not at all, read without running their pickles."""
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from ..models import CheckpointError, read_checkpoint, seal
-from .outputs import SaveError, writing
+from .outputs import KEPT, replacing, writing
 from .validation import check_state
 
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
@@ -24,24 +23,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            torch.save(state, file)
-            seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch's writer turns errors of the file into its own
-        raise SaveError(f"{path}: could not be written, and is as it was before: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps names in a journal
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with replacing(path) as temporary, temporary.open("w+b") as file:
         try:
-            os.fsync(folder)  # the new name is only durable once its folder is
-        finally:
-            os.close(folder)
+            torch.save(state, file)
+        except RuntimeError as e:  # torch's writer turns errors of the file into its own
+            raise OSError(*(e.__context__.args if isinstance(e.__context__, OSError) else e.args)) from e
+        seal(file)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -71,16 +58,16 @@ def newest_checkpoint(folder: str | Path, before: Path | None = None) -> tuple[P
     Raises:
         CheckpointError: There are checkpoints, and none can be used: starting anew would write over them.
     """
-    paths = _numbered(folder)
-    for path in paths if before is None else [path for path in paths if _age(path) < _age(before)]:
+    paths = numbered(folder)
+    for path in paths if before is None else [p for p in paths if position(p.name) < position(before.name)]:
         try:
             return path, read_state(path)
         except CheckpointError as e:
             pass_over(e)
     if paths or before:
         raise CheckpointError(
-            f"{folder}: none of its {len(paths)} checkpoints can be used; move them away, or pass --auto_resume false "
-            "to start anew"
+            f"{folder}: none of its {len(paths)} checkpoints can be used; move them away, or pass another "
+            "--output_dir to start anew"
         )
     return None
 
@@ -90,19 +77,31 @@ def pass_over(error: CheckpointError) -> None:
     warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> None:
-    """Delete all numbered checkpoints in `folder` but the newest `keep`, and half-written files of killed runs."""
-    for path in (*_numbered(folder)[keep:], *Path(folder).glob("checkpoint-*.pth.tmp")):
-        path.unlink()
+def prune_checkpoints(folder: str | Path, keep: int, newest: str) -> None:
+    """Delete numbered checkpoints, and half-written files of killed runs.
+
+    What is later than the checkpoint named `newest`, such as damaged files that were passed over, is left, and of all
+    others the last `keep`, itself among them. What cannot be deleted is named in a warning.
+    """
+    last = position(newest)
+    old = [path for path in numbered(folder) if position(path.name) <= last][keep:]
+    half_written = [path for name in ("checkpoint-*.pth", *KEPT) for path in Path(folder).glob(f"{name}*.tmp")]
+    for path in (*old, *half_written):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            warnings.warn(f"{path}: could not be deleted: {e.strerror or e}", stacklevel=3)
 
 
-def _numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints of epochs and steps, the newest first."""
+def numbered(folder: str | Path) -> list[Path]:
+    """Return the checkpoints of epochs and steps, the newest first."""
     paths = [path for path in Path(folder).glob("checkpoint-*.pth") if NAME.fullmatch(path.name)]
-    return sorted(paths, key=_age, reverse=True)
+    return sorted(paths, key=lambda path: position(path.name), reverse=True)
 
 
-def _age(path: Path) -> tuple[int, float]:
-    """Epoch and step by a numbered checkpoint's name; at the end of an epoch the step is the last."""
-    match = NAME.fullmatch(path.name)
-    return (int(match[1]), float(match[2] or "inf")) if match else (-1, 0.0)
+def position(name: str) -> tuple[int, float]:
+    """Return epoch and step of a numbered checkpoint; the one after an epoch is later than those within it."""
+    match = NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"{name} is no numbered checkpoint")
+    return int(match[1]), float(match[2] or "inf")

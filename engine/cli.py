@@ -14,8 +14,8 @@ from .signals import EXIT_INTERRUPTED
 
 STATUS = (
     "Exit status: 0 when all is done; 1 for a training that diverged or could not save; 2 for what cannot begin; "
-    f"{EXIT_INTERRUPTED} for a training that SIGTERM or SIGUSR1 told to end: it has finished its step and saved its "
-    "state, and the same command continues it."
+    f"{EXIT_INTERRUPTED} for a training that SIGTERM, SIGUSR1, SIGHUP or SIGINT (Ctrl+C) told to end: it has finished "
+    "its step and saved its state, and the same command continues it. A second Ctrl+C ends it at once."
 )
 
 

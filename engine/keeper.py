@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ..models import KEPT_FOR
-from .checkpoint import prune_checkpoints, save_checkpoint
+from .checkpoint import NAME, prune_checkpoints, save_checkpoint
 from .signals import Notice
 from .state import NonFiniteLossError, Training
 
@@ -71,6 +71,7 @@ class Keeper:
             kept_for = {name: key for key, name in BEST.items()}
             for name in names:
                 save_checkpoint(self.folder / name, {**state, KEPT_FOR: kept_for.get(name, "model")})
-            prune_checkpoints(self.folder, self.training.run.save_ckpt_num)
+            if NAME.fullmatch(names[-1]):
+                prune_checkpoints(self.folder, self.training.run.save_ckpt_num, names[-1])
         self.newest = self.folder / names[-1]
         self.training.world.gather(None)  # no process ends before the checkpoint is written

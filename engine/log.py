@@ -6,20 +6,22 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ..configs.schema import ConfigError, RunConfig
 from .distributed import World
-from .outputs import writing
+from .outputs import replacing, writing
+from .tensorboard import EventFile
+from .terminal import say
 
 try:
     import resource
@@ -52,7 +54,7 @@ class Progress:
         see: Callable[[Tensor], None] | None = None,
     ):
         self.title, self.batch_size, self.visible, self.see = title, batch_size, visible, see
-        hidden = not visible or not sys.stderr.isatty()
+        hidden = not visible or sys.stderr is None or not sys.stderr.isatty()
         self.bar = tqdm(desc=title, initial=done, total=total, unit="it", leave=False, disable=hidden)
         self.total, self.before, self.done = total, done, done
         self.start = self.last_line = time.monotonic()
@@ -105,7 +107,7 @@ class RunLog:
         self.file = Path(run.output_dir, "log.txt") if run.output_dir and self.visible else None
         self.log_dir = run.log_dir if self.visible else ""
         self.pictures = run.log_images
-        self.writer: SummaryWriter | None = None
+        self.events: EventFile | None = None
         self.wandb = _wandb() if run.enable_wandb else None
         if self.wandb and self.visible:
             self.wandb.init(project="kernelwarehouse", name=Path(run.output_dir).name or None, config=vars(run))
@@ -114,9 +116,8 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer:
-            with writing(self.log_dir):
-                self.writer.close()
+        if self.events:
+            self.events.close()
         if self.wandb and self.visible:
             self.wandb.finish()
 
@@ -128,28 +129,35 @@ class RunLog:
     def keep(self, name: str, fields: dict[str, Any]) -> None:
         """Write a JSON file of that name beside log.txt."""
         if self.file:
-            path = self.file.with_name(name)
-            with writing(path):
+            with replacing(self.file.with_name(name)) as path:
                 path.write_text(json.dumps(fields, indent=4) + "\n", encoding="utf-8")
 
     def start(self, epoch: int) -> None:
         """Begin at that epoch: the record of it and of later ones, which an earlier process left, is taken back."""
         if self.log_dir:
-            with writing(self.log_dir):
-                self.writer = SummaryWriter(self.log_dir, purge_step=epoch)
+            self.events = EventFile(self.log_dir, epoch)
         if self.file and self.file.exists():
-            lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch(line) < epoch]
-            temporary = self.file.with_suffix(".tmp")
-            with writing(temporary):
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-                temporary.replace(self.file)
+            with writing(self.file):
+                content = self.file.read_bytes()
+            lines, cut_short = content.splitlines(), not content.endswith(b"\n")  # by a kill
+            kept = []
+            for number, line in enumerate(lines, 1):
+                found = _epoch(line)
+                if found is None and not (cut_short and number == len(lines)):
+                    text = line[:60].decode(errors="replace")
+                    warnings.warn(
+                        f"{self.file}: line {number}, no record of an epoch, is left out: {text!r}", stacklevel=2
+                    )
+                if found is not None and found < epoch:
+                    kept.append(line + b"\n")
+            with replacing(self.file) as path:
+                path.write_bytes(b"".join(kept))
 
     def images(self, epoch: int, images: Tensor) -> None:
         """Show the first of an epoch's images, (B, 1 or 3, H, W) with values from 0 to 1, in TensorBoard."""
-        if self.writer:
+        if self.events:
             grid = make_grid(images[: self.pictures], nrow=math.isqrt(self.pictures - 1) + 1)
-            with writing(self.log_dir):
-                self.writer.add_image("train_inputs", grid.cpu().numpy(), epoch)
+            self.events.image("train_inputs", grid, epoch)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Record the figures of an epoch, one JSON object a line."""
@@ -158,22 +166,22 @@ class RunLog:
                 f.write(json.dumps(record) + "\n")
                 f.flush()
                 os.fsync(f.fileno())  # before the checkpoint that makes the epoch done
-        if self.writer:
-            with writing(self.log_dir):
-                for name, value in record.items():
-                    if name.startswith(("train_", "test_")):
-                        self.writer.add_scalar(name, value, record["epoch"])
-                self.writer.flush()
+        if self.events:
+            for name, value in record.items():
+                if name.startswith(("train_", "test_")):
+                    self.events.scalar(name, value, record["epoch"])
+            self.events.flush()
         if self.wandb and self.visible:
             self.wandb.log(record)
 
 
-def _epoch(line: str) -> float:
-    """The epoch that a line of log.txt records; none is so late as that of a line which a kill cut short."""
+def _epoch(line: bytes) -> float | None:
+    """The epoch that a line of log.txt records, if it is a record of one."""
     try:
-        return json.loads(line)["epoch"]
-    except json.JSONDecodeError:
-        return math.inf
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
+    return epoch if isinstance(epoch, int | float) and math.isfinite(epoch) else None
 
 
 def _wandb() -> ModuleType:
@@ -192,9 +200,3 @@ def _memory() -> str:
     else:
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"{size / 2**30:.1f} GiB"
-
-
-def say(text: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()

@@ -1,6 +1,7 @@
 """What an evaluation shows beside its three figures: tables of classes and images, and the confusion matrix."""
 
 import csv
+from pathlib import Path
 from typing import Any
 
 from matplotlib.colors import PowerNorm
@@ -12,7 +13,7 @@ from ..datasets import Photographs, Relabelled, SeededDataset
 from .distributed import World
 from .evaluate import Predictions
 from .log import RunLog
-from .outputs import writing
+from .outputs import report
 
 # Up to so many classes, the matrix shows their names and counts.
 READABLE = 20
@@ -28,15 +29,16 @@ def write_reports(run: RunConfig, dataset: Any, predictions: Predictions) -> Non
     """
     truth = predictions.labels[:, 0]
     if run.per_class:
-        with writing(run.per_class):
-            _write_classes(run.per_class, dataset.classes, truth, predictions.classes)
+        with report(run.per_class) as path:
+            _write_classes(path, dataset.classes, truth, predictions.classes)
     if run.confusion:
         counts = confusion_matrix(truth, predictions.classes[:, 0], len(dataset.classes))
-        with writing(run.confusion):
-            draw_confusion(counts, dataset.classes).savefig(run.confusion, dpi=150)
+        with report(run.confusion) as path:
+            kind = Path(run.confusion).suffix.removeprefix(".").lower()
+            draw_confusion(counts, dataset.classes).savefig(path, format=kind, dpi=150)
     if run.predictions:
-        with writing(run.predictions):
-            _write_images(run.predictions, dataset, predictions)
+        with report(run.predictions) as path:
+            _write_images(path, dataset, predictions)
 
 
 def say_corrupt(dataset: Any, world: World, log: RunLog) -> None:
@@ -87,9 +89,9 @@ def _short(name: str) -> str:
     return name if len(name) <= 16 else name[:15] + "…"
 
 
-def _write_classes(path: str, names: tuple[str, ...], truth: Tensor, top: Tensor) -> None:
+def _write_classes(path: Path, names: tuple[str, ...], truth: Tensor, top: Tensor) -> None:
     hits = top == truth[:, None]
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["class", "name", "images", "acc1", "acc5"])
         for number, name in enumerate(names):
@@ -98,11 +100,11 @@ def _write_classes(path: str, names: tuple[str, ...], truth: Tensor, top: Tensor
             writer.writerow([number, name, len(mine), *acc])
 
 
-def _write_images(path: str, dataset: Any, predictions: Predictions) -> None:
+def _write_images(path: Path, dataset: Any, predictions: Predictions) -> None:
     images = _images(dataset)
     top = predictions.classes.shape[1]
     columns = [f"{what}{i + 1}" for i in range(top) for what in ("class", "probability")]
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["image", "target", *columns])
         for index, labels in enumerate(predictions.labels.tolist()):

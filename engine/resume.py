@@ -1,5 +1,6 @@
 """Continuing a training: from which checkpoint, and with which processes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..configs.schema import Config, ConfigError, RunConfig, field_names
 from ..models import CheckpointError, MisfitError
-from .checkpoint import newest_checkpoint, pass_over, read_state
+from .checkpoint import newest_checkpoint, numbered, pass_over, position, read_state
 from .distributed import World
 from .state import Training
 
@@ -20,15 +21,46 @@ class Found(NamedTuple):
 
 
 def find_checkpoint(run: RunConfig) -> Found | None:
-    """Read the checkpoint that the run names, or else the newest in its folder; None where there is none.
+    """Read the checkpoint to continue from, if there is one.
+
+    It is the newest in the run's folder; with `resume` that file, unless the folder's run began from it too, and so is
+    this one.
 
     Raises:
         CheckpointError: It cannot be used.
+        ConfigError: The folder holds checkpoints of another training, with which this one's would be confused.
     """
-    if run.resume:
-        return Found(Path(run.resume), read_state(run.resume))
     newest = newest_checkpoint(run.output_dir) if run.auto_resume and run.output_dir else None
-    return Found(*newest) if newest else None
+    if newest and run.resume in ("", newest[1]["config"].get("resume")):
+        return Found(*newest)
+    found = Found(Path(run.resume), read_state(run.resume)) if run.resume else None
+    _refuse_others(run.output_dir, found)
+    return found
+
+
+def _refuse_others(folder: str, found: Found | None) -> None:
+    """Raise a ConfigError for checkpoints in `folder` that are not of the training that goes on from `found`."""
+    others = numbered(folder) if folder else []
+    remedy = f"leave out {'--resume' if found else '--auto_resume false'} to continue that one"
+    if found and others and found.path.parent.samefile(folder):
+        epoch, iteration, step = (found.state[key] for key in ("epoch", "iteration", "step"))
+        reached = (epoch + 1, step) if iteration else (epoch, math.inf)
+        others, remedy = [path for path in others if position(path.name) > reached], "move them away"
+    if others:
+        names = others[0].name + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+        raise ConfigError(
+            f"field 'output_dir': {folder} holds checkpoints that do not lead to this training ({names}); pass another "
+            f"--output_dir, or {remedy}"
+        )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Return the divisor of a number that is nearest to `wanted`, of two the smaller.
+
+    Those with both themselves and their counterpart above a million are not looked for.
+    """
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return min(sorted([*small, *(number // n for n in small)]), key=lambda n: abs(n - wanted))
 
 
 def keep_total_batch(config: Config, state: dict[str, Any], world: World) -> Config:
@@ -50,12 +82,15 @@ def keep_total_batch(config: Config, state: dict[str, Any], world: World) -> Con
         return config
     update_freq, rest = divmod(total, run.batch_size * world.size)
     if rest:
-        fitting = [n for n in range(1, total + 1) if total % (n * world.size) == 0]
-        nearest = min(fitting, key=lambda n: abs(n - run.batch_size), default=None)
+        share, odd = divmod(total, world.size)
         raise ConfigError(
             f"field 'batch_size': {world.size} process(es) of {run.batch_size} images cannot make the training's total "
             f"batch of {total}; "
-            + (f"pass --batch_size {nearest}" if nearest else "take a number of processes that divides it")
+            + (
+                "take a number of processes that divides it"
+                if odd
+                else f"pass --batch_size {nearest_divisor(share, run.batch_size)}"
+            )
         )
     return replace(config, run=replace(run, update_freq=update_freq))
 

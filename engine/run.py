@@ -26,13 +26,15 @@ from .distributed import World
 from .dry_run import describe
 from .evaluate import Metrics, at_size, evaluate, predict
 from .keeper import Keeper
-from .log import Progress, RunLog, say
+from .lock import locked
+from .log import Progress, RunLog
 from .outputs import check_outputs
 from .recalibrate import recalibrate_training
 from .report import say_corrupt, write_reports
 from .resume import check_agreement, find_checkpoint, keep_total_batch, resume
 from .signals import heed_signals
 from .state import NonFiniteLossError, Training
+from .terminal import say
 from .train import train_epoch
 from .tuning import tune_for
 
@@ -93,15 +95,15 @@ def train_run(config: Config, world: World) -> Training:
     """Train as `config` says, from the newest checkpoint in `output_dir` if there is one.
 
     Raises:
-        ConfigError: The data, the model and the recipe do not go together, or a folder cannot be written; before the
-            first step.
+        ConfigError: The data, the model and the recipe do not go together, or a folder cannot be written, is in use, or
+            holds another training; before the first step.
         CheckpointError: A checkpoint to start from cannot be used.
         SaveError: A checkpoint or the log cannot be written.
         NonFiniteLossError: The training diverged.
         Interrupted: A signal told it to end; its state is saved where checkpoints are kept.
     """
-    with heed_signals() as notice:
-        check_outputs(config.run, world)
+    check_outputs(config.run, world)
+    with heed_signals() as notice, locked(config.run.output_dir, world, notice):
         training, train_loader, eval_loader, path = _prepare(config, world)
         with RunLog(config.run, world) as log:
             log.keep("config.json", training.config.to_fields())
@@ -170,7 +172,7 @@ def fit(
         was_annealing = schedule.anneals_at(epoch * schedule.iterations_per_epoch)
         training.begin_epoch()
         batch, done = run.batch_size * world.size, training.iteration
-        see = partial(_show_inputs, training, log) if log.writer and run.log_images else None
+        see = partial(_show_inputs, training, log) if log.events and run.log_images else None
         try:
             with Progress(f"epoch {epoch}", len(train_loader), batch, log.visible, done, see) as progress:
                 figures = train_epoch(training, train_loader, progress, keeper)

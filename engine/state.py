@@ -26,7 +26,7 @@ from .schedule import Schedule
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number, again and again."""
+    """The loss or its gradient became infinite or not a number, again and again."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Training:
         losses: Sum and number of the finite losses of this process in the epoch, on the device; float64.
         epoch: Epochs done.
         iteration: Micro-batches of the next epoch that are done; between steps it counts whole steps.
-        skipped: Steps of this epoch that were skipped because their loss was not finite.
+        skipped: Steps of this epoch that were skipped because their loss or gradient was not finite.
         bad_steps: How many of them came in a row, up to now.
         best: Best top-1 so far, in percent, of "model" and of "model_ema".
         generators: Random states with which to continue an epoch; None at its beginning.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..datasets import FinishingLoader, TrainSampler, begin_epoch
 from ..models import set_temperature
@@ -26,36 +27,39 @@ READ_EVERY = 20
 
 
 class Votes(NamedTuple):
-    """What at least one of the processes has found in a step: a loss that is not finite, and two wishes."""
+    """What at least one of the processes has found in a step: two faults, and two wishes.
 
-    bad: bool
+    Attributes:
+        loss: A loss is not finite.
+        gradient: The gradient is not finite, or so large that its squares are not.
+        stop: A process has been told to end.
+        save: A process finds that a checkpoint is due.
+    """
+
+    loss: bool
+    gradient: bool
     stop: bool
     save: bool
 
+    @property
+    def fault(self) -> str | None:
+        """What makes the step one to skip, in a word."""
+        return "loss" if self.loss else "gradient" if self.gradient else None
 
-class Poll:
-    """Asks all processes in the middle of a step, and knows at its end; the GPU does not wait for the answer.
+
+def vote(world: World, losses_finite: Tensor, norm: Tensor, stop: bool, save: bool) -> Votes:
+    """Hear what any process finds, so that all decide alike; a GPU has then done the backward pass.
 
     Args:
         world: This process's place.
-        finite: Whether this process's losses are, a scalar on its device.
+        losses_finite: Whether its losses are, a scalar on its device.
+        norm: That of the gradient, a scalar there.
         stop: Whether it has been told to end.
         save: Whether it finds that a checkpoint is due.
     """
-
-    def __init__(self, world: World, finite: Tensor, stop: bool, save: bool):
-        wishes = torch.tensor([stop, save], dtype=torch.float32).to(world.device, non_blocking=True)
-        ballot = torch.cat([(~finite).float().view(1), wishes])
-        self.sums = world.reduce(ballot).to("cpu", non_blocking=True)
-        self.counted = torch.cuda.Event() if world.device.type == "cuda" else None
-        if self.counted:
-            self.counted.record()
-
-    def votes(self) -> Votes:
-        """Wait until all have answered; on a GPU that is before the backward pass ends."""
-        if self.counted:
-            self.counted.synchronize()
-        return Votes(*(count > 0 for count in self.sums.tolist()))
+    wishes = torch.tensor([stop, save], dtype=torch.float32).to(world.device, non_blocking=True)
+    ballot = torch.cat([torch.stack([~losses_finite, ~norm.isfinite()]).float(), wishes])
+    return Votes(*(count > 0 for count in world.reduce(ballot).tolist()))
 
 
 class BufferCopy:
@@ -84,7 +88,7 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train what is left of an epoch, `training.epoch`.
 
-    A step whose loss is not finite changes nothing but the position, and is counted.
+    A step whose loss or gradient is not finite changes nothing but the position, and is counted.
 
     Args:
         training: What is trained and how; it changes in place.
@@ -98,7 +102,7 @@ def train_epoch(
         of skipped steps if there were any.
 
     Raises:
-        NonFiniteLossError: More than `run.max_bad_steps` steps in a row had a loss that is not finite.
+        NonFiniteLossError: More than `run.max_bad_steps` steps in a row had a loss or gradient that is not finite.
         Interrupted: A signal told a process to end; the state is saved.
     """
     run, schedule, batches = training.run, training.schedule, len(loader)
@@ -112,13 +116,15 @@ def train_epoch(
         set_lr(training.optimizer, schedule.lr(training.step))
         set_weight_decay(training.optimizer, schedule.decay(training.step))
         buffers.take()
-        votes = accumulate_gradients(training, islice(remaining, len(window)), window, progress, keeper)
-        if votes.bad:
+        finite = accumulate_gradients(training, islice(remaining, len(window)), window, progress)
+        norm = gradient_norm(training)
+        votes = vote(training.world, finite, norm, keeper.told_to_end, keeper.save_is_due(training.step + 1))
+        if votes.fault:
             buffers.restore()
-            skip_step(training, window)
+            skip_step(training, window, votes.fault)
         else:
             training.bad_steps = 0
-            update_weights(training)
+            update_weights(training, norm)
         training.iteration = window.stop
         if training.ema is not None:
             training.set_temperature()  # which the average has averaged, as it does with statistics
@@ -137,15 +143,18 @@ def train_epoch(
 
 
 def accumulate_gradients(
-    training: Training, batches: Iterator[tuple[Tensor, Tensor]], window: range, progress: Progress, keeper: Keeper
-) -> Votes:
-    """Add up the gradients of the micro-batches of a step, whose numbers in the epoch are `window`."""
+    training: Training, batches: Iterator[tuple[Tensor, Tensor]], window: range, progress: Progress
+) -> Tensor:
+    """Add up the gradients of the micro-batches of a step, whose numbers in the epoch are `window`.
+
+    Returns:
+        Whether all losses of this process were finite, a scalar on its device.
+    """
     run, world, schedule = training.run, training.world, training.schedule
     # With mixup or cutmix the targets are probabilities, already smoothed.
     criterion = partial(F.cross_entropy, label_smoothing=0.0 if training.mixup else run.smoothing)
     before = training.epoch * schedule.iterations_per_epoch
     finite = torch.ones((), dtype=torch.bool, device=world.device)
-    poll: Poll | None = None
     for index, (images, targets) in zip(window, batches, strict=True):
         for operator, value in schedule.temperatures(before + index + 1).items():
             set_temperature(training.model, value, operator)
@@ -161,22 +170,24 @@ def accumulate_gradients(
             with autocast(run, world.device):
                 loss = criterion(training.parallel(images), targets)
             finite &= loss.detach().isfinite()
-            if ends_step:
-                poll = Poll(world, finite, keeper.told_to_end, keeper.save_is_due(training.step + 1))
             training.scaler.scale(loss / len(window)).backward()
         counted = torch.stack([loss.detach(), torch.ones_like(loss)])
         training.losses += torch.where(counted[0].isfinite(), counted, 0)
-    if poll is None:
-        raise ValueError("a step has at least one micro-batch")
-    return poll.votes()
+    return finite
 
 
-def update_weights(training: Training) -> None:
-    """Take one step with the gradients that have been accumulated, and clear them."""
+def gradient_norm(training: Training) -> Tensor:
+    """Unscale the gradients that have been accumulated, and return the norm of all, a scalar on their device."""
+    training.scaler.unscale_(training.optimizer)
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    return get_total_norm(gradients).to(training.world.device)
+
+
+def update_weights(training: Training, norm: Tensor) -> None:
+    """Take one step with the unscaled gradients, whose norm is given, and clear them."""
     optimizer, scaler = training.optimizer, training.scaler
     if training.run.clip_grad is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(training.model.parameters(), training.run.clip_grad)
+        clip_grads_with_norm_(training.model.parameters(), training.run.clip_grad, norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -185,8 +196,8 @@ def update_weights(training: Training) -> None:
         training.ema.update(training.model, training.step + 1 if training.run.model_ema_warmup else None)
 
 
-def skip_step(training: Training, window: range) -> None:
-    """Clear the gradients of a step whose loss is not finite, and count it.
+def skip_step(training: Training, window: range, fault: str) -> None:
+    """Clear the gradients of a step whose loss or gradient (`fault` says which) is not finite, and count it.
 
     Raises:
         NonFiniteLossError: It is one too many in a row.
@@ -198,8 +209,8 @@ def skip_step(training: Training, window: range) -> None:
     training.bad_steps += 1
     if training.bad_steps > training.run.max_bad_steps:
         raise NonFiniteLossError(
-            f"the loss was not finite in {training.bad_steps} step(s) in a row, the last time in epoch "
-            f"{training.epoch}, micro-batches {window.start} to {window.stop - 1}; a lower --lr, --clip_grad or "
+            f"loss or gradient was not finite in {training.bad_steps} step(s) in a row, the last time the {fault}, in "
+            f"epoch {training.epoch}, micro-batches {window.start} to {window.stop - 1}; a lower --lr, --clip_grad or "
             "--amp_dtype bfloat16 may help"
         )
 

@@ -11,7 +11,7 @@ from ..configs.schema import Config, ConfigError
 from ..models.tuning import Layer, recall, tune, tuned_layers
 from .amp import autocast
 from .distributed import World
-from .log import say
+from .terminal import say
 
 
 def tune_for(model: nn.Module, config: Config, world: World, *, training: bool) -> None:

@@ -170,7 +170,7 @@ def start(main, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_process_with_its_state_saved_and_status_75(start, file, tmp_path, number):
     run = tmp_path / "run"
     process, errors = start("--kw_config", file, "--epochs", "10000", "--output_dir", str(run), "--disable_eval")
@@ -206,6 +206,83 @@ def test_a_save_that_fails_is_one_line_and_status_1_and_loses_nothing(start, mai
     assert main(words) == 0
     assert "continuing from" in capsys.readouterr().out
     assert [json.loads(line)["epoch"] for line in (run / "log.txt").read_text().splitlines()] == [0, 1]
+
+
+def test_a_terminal_that_closes_ends_the_process_with_its_state_saved_and_status_75(main, file, tmp_path):
+    """The kernel sends SIGHUP, and from then on refuses what is written there: the bar and the last line."""
+    pty, run = pytest.importorskip("pty"), tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os._exit(main(["--kw_config", file, "--epochs", "10000", "--output_dir", str(run), "--num_workers", "1"]))
+    end, status = time.monotonic() + 300, None
+    while not list(run.glob("checkpoint-*.pth")):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), os.read(terminal, 10_000).decode()
+        assert time.monotonic() < end, "no checkpoint within 300 s"
+        time.sleep(0.05)
+    os.close(terminal)
+    while status is None and time.monotonic() < end:
+        done, code = os.waitpid(pid, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if done else None
+        time.sleep(0.05)
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+    assert status == EXIT_INTERRUPTED
+    assert newest_checkpoint(run)[1]["iteration"] > 0
+
+
+def test_an_interrupt_outside_of_a_training_ends_the_script_as_sigterm_does(tmp_path):
+    """Here while it imports this project; the site's module sends the signal, when the import begins."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        "        name == 'kernelwarehouse' and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "main.py"], cwd=ROOT, env=environment, capture_output=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def limit_files(size):
+    resource = pytest.importorskip("resource")
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def fill_output():
+    sys.stdout = open("/dev/full", "w")  # noqa: SIM115 - main.py's until it ends
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("words", "prepare", "message"),
+    [
+        ("--log_dir {0}/tb", limit_files(1000), "/tb/events.out.tfevents."),
+        ("--output_dir {0}/run", limit_files(1000), "/run/config.json: could not be written, and is as it was before"),
+        ("", fill_output, "standard output: could not be written: No space left on device"),
+    ],
+    ids=["tensorboard", "config.json", "output"],
+)
+def test_what_cannot_be_written_is_one_line_and_status_1(start, file, tmp_path, words, prepare, message):
+    process, errors = start("--kw_config", file, *words.format(tmp_path).split(), prepare=prepare)
+    process.join(300)
+    error = errors.read_text()
+    assert process.exitcode == 1, error
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--model kw_resnet19", "--epochs 1"])
+def test_errors_that_cannot_be_printed_leave_the_status(start, file, words):
+    def fill_errors():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+    process, _ = start("--kw_config", file, *words.split(), prepare=fill_errors)
+    process.join(300)
+    assert process.exitcode == (2 if "19" in words else 0)
 
 
 def test_the_script_hides_its_folders_and_prints_no_traceback(tmp_path):

@@ -42,7 +42,7 @@ class RunConfig(Fields):
         weight_decay_end: Where a cosine from weight_decay over the whole run ends; default: no schedule.
         layer_decay: Learning-rate factor from one layer down to the one below it.
         clip_grad: Largest norm of the gradient; default: no clipping.
-        max_bad_steps: Steps in a row that may be skipped because the loss is not finite; one more stops the run.
+        max_bad_steps: Steps in a row that may be skipped since loss or gradient is not finite; one more stops the run.
         lr: Peak learning rate, for the total batch, not scaled by anything.
         min_lr: Where the cosine ends.
         warmup_epochs: Epochs of linear warm-up.
@@ -83,7 +83,7 @@ class RunConfig(Fields):
         save_ckpt_steps: Optimizer steps between further checkpoints within an epoch; 0 for none.
         save_ckpt_minutes: Minutes between further checkpoints within an epoch; 0 for none.
         save_ckpt_num: How many checkpoints to keep, besides the best.
-        auto_resume: Continue from the newest checkpoint in output_dir.
+        auto_resume: Continue from the newest checkpoint in output_dir; without, checkpoints in it are an error.
         resume: Checkpoint to continue from, or to evaluate with eval.
         finetune: Checkpoint whose weights to start from; a classifier of another size is replaced.
         model_key: Entry of a checkpoint that holds the weights, model_ema for their moving average; of several,

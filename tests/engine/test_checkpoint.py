@@ -139,7 +139,7 @@ def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     save_numbered(tmp_path, [8, 9, 10, 11])
     save_checkpoint(tmp_path / "checkpoint-best.pth", STATE)
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, keep=2, newest="checkpoint-11.pth")
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10.pth", "checkpoint-11.pth", "checkpoint-best.pth"]
 
 

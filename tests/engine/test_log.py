@@ -1,6 +1,8 @@
 """What a run says and keeps."""
 
 import io
+import json
+import multiprocessing
 import struct
 import sys
 import types
@@ -83,3 +85,64 @@ def test_tensorboard_shows_the_figures_and_the_first_images_of_each_epoch(tiny_c
 def test_images_can_be_left_out(tiny_config, cpu, tmp_path):
     train_run(tiny_config(log_dir=str(tmp_path), epochs=1, log_images=0), cpu)
     assert not any(v.HasField("image") for _, v in read_events(tmp_path))
+
+
+RECORDS = [json.dumps({"epoch": epoch, "train_loss": 1.0}).encode() for epoch in range(3)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"a note",
+        b"",
+        b"[1]",
+        b"3",
+        b"null",
+        b'"epoch"',
+        b'{"loss": 1}',
+        b'{"epoch": "0"}',
+        b'{"epoch": null}',
+        b'{"epoch": [0]}',
+        b'{"epoch": NaN}',
+        b'{"epoch": 1e999}',
+        b"\xff\xfe",
+        b"\0\0\0",
+        b"[" * 100_000,
+        b"9" * 5000,
+    ],
+    ids=lambda line: repr(line[:16]),
+)
+def test_a_strange_line_of_the_log_is_left_out_with_a_warning(cpu, tmp_path, line):
+    file = tmp_path / "log.txt"
+    file.write_bytes(b"\n".join([RECORDS[0], line, *RECORDS[1:], b""]))
+    with pytest.warns(UserWarning, match=r"log\.txt: line 2, no record of an epoch, is left out: '") as warned:
+        RunLog(RunConfig(output_dir=str(tmp_path)), cpu).start(2)
+    assert len(warned) == 1
+    assert len(str(warned[0].message)) < 400
+    assert file.read_bytes() == b"\n".join([*RECORDS[:2], b""])
+
+
+@pytest.mark.parametrize(
+    ("last", "left"), [(RECORDS[1][:-3], RECORDS[:1]), (RECORDS[1], RECORDS[:2]), (RECORDS[2], RECORDS[:1]), (b"", [])]
+)
+def test_a_last_line_that_a_kill_cut_short_is_left_out_and_a_whole_one_kept(cpu, tmp_path, recwarn, last, left):
+    file = tmp_path / "log.txt"
+    file.write_bytes(RECORDS[0] + b"\n" + last if left else b"")
+    RunLog(RunConfig(output_dir=str(tmp_path)), cpu).start(2)
+    assert file.read_bytes() == b"".join(line + b"\n" for line in left)
+    assert not recwarn.list
+
+
+def test_a_run_that_starts_again_at_once_leaves_what_tensorboard_has(cpu, tmp_path):
+    run = RunConfig(log_dir=str(tmp_path))
+
+    def record(epoch):
+        with RunLog(run, cpu) as kept:
+            kept.start(epoch)
+            kept.epoch({"epoch": epoch, "train_loss": 1.0})
+
+    for epoch in (0, 1):
+        process = multiprocessing.get_context("fork").Process(target=record, args=(epoch,))
+        process.start()
+        process.join(60)
+    assert {(step, value.tag) for step, value in read_events(tmp_path)} == {(0, "train_loss"), (1, "train_loss")}

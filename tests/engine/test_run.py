@@ -54,7 +54,9 @@ def test_checkpoints_can_be_rare_but_the_last_epoch_is_always_saved(tiny_config,
 def test_a_checkpoint_is_written_every_so_many_minutes(tiny_config, cpu, tmp_path, monkeypatch):
     """By a clock on which a step takes twenty seconds. Eleven steps make an epoch; a step asks when it begins."""
     update_weights, steps = train.update_weights, []
-    monkeypatch.setattr(train, "update_weights", lambda training: (update_weights(training), steps.append(training)))
+    monkeypatch.setattr(
+        train, "update_weights", lambda training, norm: (update_weights(training, norm), steps.append(training))
+    )
     monkeypatch.setattr(keeper, "time", types.SimpleNamespace(monotonic=lambda: 20.0 * len(steps)))
     train_run(tiny_config(output_dir=str(tmp_path), epochs=1, save_ckpt_minutes=1, save_ckpt_num=9), cpu)
     assert len(steps) == 11

@@ -11,7 +11,7 @@ from torch import nn
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.engine import NonFiniteLossError, Training
 from kernelwarehouse.engine.state import synchronise_norms
-from kernelwarehouse.engine.train import update_weights
+from kernelwarehouse.engine.train import gradient_norm, update_weights
 from kernelwarehouse.models import build_model
 
 
@@ -58,7 +58,7 @@ def test_a_smaller_last_window_weighs_its_own_micro_batches(tiny_config, cpu, tr
         for group in reference.optimizer.param_groups:
             group["lr"] = reference.schedule.lr(step)
         nn.functional.cross_entropy(expected(images[window]), targets[window]).backward()
-        update_weights(reference)
+        update_weights(reference, gradient_norm(reference))
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
@@ -123,7 +123,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tiny_config, cpu, train_one_ep
     for bad in (0, 1, 3, 4, 5):  # never three in a row, but at the end
         images[4 * bad] = float("nan")
     training = Training.build(linear_net(), tiny_config(max_bad_steps=2), cpu, iterations_per_epoch=15)
-    with pytest.raises(NonFiniteLossError, match=r"in 3 step\(s\) in a row.*epoch 0, micro-batches 5 to 5"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"in 3 step\(s\) in a row.*the loss, in epoch 0, micro-batches 5 to 5"
+    ):
         train_one_epoch(training, loader(images, targets, 4))
     assert all(torch.isfinite(p).all() for p in training.model.parameters())
 
