@@ -17,8 +17,8 @@ from timm.models._features_fx import FeatureGraphNet
 from torch import Tensor, nn
 
 from ..configs.schema import ConfigError
-from .checkpoints import translations
 from .convert import convert_, dynamic_layers, sharing
+from .loading import translations
 from .ops.api import OperatorConfig
 from .ops.tied import state_aliases
 from .static_weights import accept_static_weights

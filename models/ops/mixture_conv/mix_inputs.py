@@ -52,10 +52,11 @@ def gradients(
             grad_cells = torch.matmul(outputs.mT, rows).to(cells.dtype).view(cout, n, *cells.shape[2:]).transpose(0, 1)
         return torch.matmul(outputs, _flat(cells).to(outputs.dtype))
 
-    found = gradients_by_autograd(
-        lambda *inputs: _mixed(*inputs, partition, geometry), (x, alpha), needs[:2], grad_rows
-    )
-    return *found, grad_cells
+    def mixed(x: Tensor, alpha: Tensor) -> Tensor:
+        return _mixed(x, alpha, partition, geometry)
+
+    grad_x, grad_alpha = gradients_by_autograd(mixed, (x, alpha), needs[:2], grad_rows)
+    return grad_x, grad_alpha, grad_cells
 
 
 def _flat(cells: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
 """The definition: one ordinary convolution per sample."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from ..geometry import Geometry
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Of the input and of the kernels.
-CONV_GRADIENTS = {
-    1: (torch.nn.grad.conv1d_input, torch.nn.grad.conv1d_weight),
-    2: (torch.nn.grad.conv2d_input, torch.nn.grad.conv2d_weight),
-    3: (torch.nn.grad.conv3d_input, torch.nn.grad.conv3d_weight),
+CONV_GRADIENTS: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    1: (grad.conv1d_input, grad.conv1d_weight),
+    2: (grad.conv2d_input, grad.conv2d_weight),
+    3: (grad.conv3d_input, grad.conv3d_weight),
 }
 
 
