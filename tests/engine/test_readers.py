@@ -11,7 +11,14 @@ from kernelwarehouse.engine import evaluate_run, train_run
 from kernelwarehouse.engine.checkpoint import read_state, save_checkpoint
 from kernelwarehouse.models import CheckpointError, build_model, load_checkpoint
 
-FIELDS = {"model_ema": True, "model_ema_decay": 0.5, "model_ema_eval": True, "epochs": 2, "batch_size": 256}
+FIELDS = {
+    "model_ema": True,
+    "model_ema_warmup": False,
+    "model_ema_decay": 0.5,
+    "model_ema_eval": True,
+    "epochs": 2,
+    "batch_size": 256,
+}
 
 
 @pytest.fixture(scope="module")
