@@ -152,7 +152,11 @@ def find_sites(
     trace = Trace()
     if family is None or not _is_published(found, converted):
         watched = {name: m for name, m in found.items() if name in layers or name in converted}
-        replaceable = [name for name in layers if problems[name] is None and foreign[name] is None]
+        replaceable = [
+            name
+            for name, layer in layers.items()
+            if problems[name] is None and (foreign[name] is None or pads_same(layer))
+        ]
         trace = trace_layers(net, watched, replaceable, example_input)
     places: dict[str, Place] = {}
     if family is not None:
