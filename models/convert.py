@@ -17,12 +17,12 @@ from .trial import ARGUMENTS
 
 
 def plan_conversion(net: nn.Module, config: OperatorConfig, *, example_input: Tensor | None = None) -> ConversionPlan:
-    """Decide how `net` would be converted, changing nothing.
+    """Decide how `net` would be converted, changing nothing; copies of it may be run on the meta device.
 
     Args:
         net: Any network of torch.nn convolutions and linear layers.
         config: An operator's configuration, such as ``KWConfig(cell_num_ratio=4)``.
-        example_input: For a network without a table in `sites`: an input of it, of which the shape is used.
+        example_input: For a network without a table in `sites`: an input of it, of which shape and type are used.
 
     Returns:
         The plan; ``print(plan)`` shows it, `convert_` carries it out.

@@ -51,7 +51,7 @@ def trace_layers(
     Raises:
         ValueError: The example is no tensor with samples.
     """
-    if example_input is not None and (not isinstance(example_input, Tensor) or not example_input.numel()):
+    if example_input is not None and not _has_samples(example_input):
         raise ValueError(f"example_input must be a tensor with a sample or more, found {_describe(example_input)}")
     with unchanged(net):
         runs = _Runs(net, layers, replaceable)
@@ -172,6 +172,10 @@ def _repeats(shapes: list[tuple[int, ...]], larger: list[tuple[int, ...]] | None
             return 0
         found.append(times)
     return max(found)
+
+
+def _has_samples(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.numel() > 0
 
 
 def _describe(value: object) -> str:

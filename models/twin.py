@@ -4,7 +4,7 @@ import copy
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
-
-
-_DATA = vars(torch._C.TensorBase)["data"].__get__
+_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_LIBRARIES = ("torch", "builtins", "abc")
 
 
 class CopyError(RuntimeError):
@@ -175,7 +174,8 @@ def unchanged(net: nn.Module) -> Iterator[None]:
         for cls, before in attributes.items():
             for name, value in before.items():
                 if isinstance(value, Tensor):
-                    setattr(cls, name, _on_meta(value))
+                    with suppress(RuntimeError):  # of a kind that meta does not know, nor the run can use
+                        setattr(cls, name, _on_meta(value))
         yield
     finally:
         random.setstate(states[0])
@@ -187,9 +187,6 @@ def unchanged(net: nn.Module) -> Iterator[None]:
             _restore(container, content)
         for cls, before in attributes.items():
             _restore_class(cls, before)
-
-
-_LIBRARIES = ("torch", "builtins", "abc")
 
 
 def _containers(roots: Iterable[Any]) -> list[tuple[Any, Any]]:

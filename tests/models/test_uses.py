@@ -221,7 +221,8 @@ def test_networks_of_timm_run_after_what_the_plan_says(name):
 
 def test_a_network_of_other_layers_alone_is_refused_with_the_reason():
     with torch.device("meta"):
-        net = timm.create_model("nfnet_l0")
+        net = timm.create_model("nfnet_l0", in_chans=1)
+    assert sites.find_sites(net).untraced is None
     with pytest.raises(ValueError, match=r"nothing to convert in NormFreeNet; stem\.conv2: it is a ScaledStdConv2d"):
         plan_conversion(net, KWConfig())
 
@@ -262,7 +263,7 @@ def test_a_plan_says_when_the_network_was_not_run():
         plan_conversion(Chain(Part(), Scripted()), KWConfig(), example_input=X)
 
 
-@pytest.mark.parametrize("example", [(X,), torch.empty(0, 3, 8, 8), 7])
+@pytest.mark.parametrize("example", [(X,), torch.empty(0, 3, 8, 8), torch.ones(()), 7])
 def test_an_example_that_is_none(example):
     with pytest.raises(ValueError, match="example_input must be a tensor with a sample or more, found"):
         plan_conversion(Chain(Part()), KWConfig(), example_input=example)
