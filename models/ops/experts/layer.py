@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..api import DynamicLayer
+from ..context import exporting
 from ..geometry import Geometry, Padding
 from ..images import add_bias, scaled
+from ..means import mean
 from ..mixture_conv import IMPLEMENTATIONS, MixtureConv, Partition, Signature, mix, mixture_conv, signature_of
 from ..mixture_conv.mixing import is_shared
 from ..per_sample_conv import static_conv
@@ -124,6 +126,12 @@ class ExpertsConv(DynamicLayer):
         alpha = x.new_ones(len(x), self.partition.mixtures, 1) if alpha is None else alpha
         convolution = self.partition, self.geometry, self._bias(alpha), in_scale, out_scale
         return mixture_conv(x, alpha, self.weight, *convolution, self.implementation)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The means of x over space, (B, Cin), by torch's operators where those are asked for or a graph is exported."""
+        if exporting() or IMPLEMENTATIONS.get(self.implementation, IMPLEMENTATIONS["cpp"]).operators == "torch":
+            return x.flatten(2).mean(dim=2)
+        return mean(x)
 
     def _bias(self, alpha: Tensor | None) -> Tensor | None:
         """(B, Cout), or (Cout,) where it is the same for all samples."""
