@@ -55,7 +55,7 @@ def net(config):
 
 @pytest.fixture
 def small():
-    """One with a block in each stage, whose classifier is routed by its own input and whose last blocks route theirs."""
+    """One with a block in each stage; the last blocks route their layers, the classifier is routed by its own input."""
     return converted(CONFIGS["block"], layers=(1, 1, 1, 1))
 
 
