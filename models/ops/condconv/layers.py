@@ -60,14 +60,15 @@ class CondConvNd(ExpertsConv):
         if pads_same and self.dims != 2:
             raise ValueError("padding by the size of the input is there for two dimensions only")
         self.pads_same = pads_same
-        own = Routing(in_channels, experts, isinstance(self, CondLinear), **kwargs) if routing is None else None
+        own = Routing(in_channels, experts, **kwargs) if routing is None else None
         self.routing_fn: Routing = own or routing  # pyright: ignore[reportAttributeAccessIssue] (one of them is there)
         self.reset_parameters()
 
     def mixing(self, x: Tensor) -> Mixing:
         """As the base class."""
         routing = self.routing_fn
-        return Mixing((routing.of(x) if isinstance(routing, BlockRouting) else routing(x)).unsqueeze(1))
+        r = routing.of(x) if isinstance(routing, BlockRouting) else routing(self.pooled(x))
+        return Mixing(r.unsqueeze(1))
 
     def forward(self, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """(B, Cin, *spatial) → (B, Cout, *output spatial).
@@ -152,6 +153,10 @@ class CondLinear(CondConv1d):
     def as_images(self, x: Tensor) -> Tensor:
         """(B, …, in_features) → (B, in_features, tokens)."""
         return x.reshape(x.shape[0], -1, self.in_features).transpose(1, 2)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The means of tokens."""
+        return super().pooled(self.as_images(x))
 
     def unsupported(self, implementation: str) -> str | None:
         """As `DynamicLayer`, for tokens of the parameters' type."""

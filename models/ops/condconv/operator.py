@@ -48,8 +48,6 @@ class CondConv(ExpertsOperator):
         "cond_mobilenetv2_050": Preset("mobilenetv2_050", _MOBILENETV2),
         "cond_mobilenetv2_075": Preset("mobilenetv2_075", _MOBILENETV2),
         "cond_mobilenetv2_100": Preset("mobilenetv2_100", _MOBILENETV2),
-        "cond_efficientnet_b0": Preset("efficientnet_b0", _EFFICIENTNET),
-        "cond_efficientnet_b1": Preset("efficientnet_b1", _EFFICIENTNET),
         "cond_tf_efficientnet_b0": Preset("tf_efficientnet_b0", _EFFICIENTNET),
         "cond_tf_efficientnet_b1": Preset("tf_efficientnet_b1", _EFFICIENTNET),
     }

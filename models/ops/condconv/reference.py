@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..per_sample_conv import CONV
 from .layers import CondConvNd, CondLinear
-from .routing import Routing
 
 
-def reference_routing(routing: Routing, x: Tensor) -> Tensor:
-    """`Routing` sample by sample and expert by expert."""
-    samples = []
+def reference_routing(layer: CondConvNd, x: Tensor) -> Tensor:
+    """The routing of a layer by its own input, sample by sample and expert by expert."""
+    routing, samples = layer.routing_fn, []
     for sample in x:
-        positions = sample.reshape(-1, sample.shape[-1]).T if routing.tokens else sample.reshape(len(sample), -1)
+        tokens = isinstance(layer, CondLinear)
+        positions = sample.reshape(-1, sample.shape[-1]).T if tokens else sample.reshape(len(sample), -1)
         mean = torch.stack([channel.sum() / len(channel) for channel in positions])
         logits = [(a * mean).sum() + b for a, b in zip(routing.weight, routing.bias, strict=True)]
         samples.append(torch.stack([1 / (1 + torch.exp(-z)) for z in logits]))
@@ -25,7 +25,7 @@ def reference_routing(routing: Routing, x: Tensor) -> Tensor:
 
 def reference_forward(layer: CondConvNd, x: Tensor, routing_weights: Tensor | None = None) -> Tensor:
     """`CondConvNd`; r (B, E) is needed where the layer's block gives it."""
-    routing_weights = reference_routing(layer.routing_fn, x) if routing_weights is None else routing_weights
+    routing_weights = reference_routing(layer, x) if routing_weights is None else routing_weights
     geometry, outputs = layer.geometry, []
     for sample, weights in zip(x, routing_weights, strict=True):
         kernel = _sum(weights, layer.weight)

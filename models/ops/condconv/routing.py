@@ -17,14 +17,12 @@ class Routing(nn.Module):
     Attributes:
         weight: A, (E, C).
         bias: a, (E,).
-        tokens: Whether channels are the last dimension of x, as of a linear layer's input, and not the second.
     """
 
-    def __init__(self, channels: int, experts: int, tokens: bool = False, **kwargs: Any):
+    def __init__(self, channels: int, experts: int, **kwargs: Any):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, channels, **kwargs))
         self.bias = nn.Parameter(torch.empty(experts, **kwargs))
-        self.tokens = tokens
         self.reset_parameters()
 
     @torch.no_grad()
@@ -34,18 +32,9 @@ class Routing(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, *spatial), or tokens (B, …, C), → (B, E)."""
-        channels = self.weight.shape[1]
-        if x.ndim < 2 or x.shape[-1 if self.tokens else 1] != channels:
-            expected = f"(B, …, {channels})" if self.tokens else f"(B, {channels}, …)"
-            raise ValueError(
-                f"the routing reads an input {expected}, as the first layer behind it does, and found "
-                f"{tuple(x.shape)}; with routing='layer' each layer has a routing of its own input"
-            )
-        if x.ndim > 2:
-            x = x.flatten(1, -2).mean(1) if self.tokens else x.flatten(2).mean(2)
-        return torch.sigmoid(F.linear(x, self.weight, self.bias))
+    def forward(self, means: Tensor) -> Tensor:
+        """The means of x over its positions, (B, C) → r (B, E)."""
+        return torch.sigmoid(F.linear(means, self.weight, self.bias))
 
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
@@ -57,14 +46,28 @@ class BlockRouting(Routing, Tied):
     """The routing of a block, which the block and the layers that it routes share.
 
     Attributes:
+        tokens: Whether channels are the last dimension of the block's input, as of a linear layer's, not the second.
         current: r (B, E) of the block's input, while the block runs; its code calls its layers with their input alone.
     """
 
     current: Tensor | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.current = None
+    def __init__(self, channels: int, experts: int, tokens: bool = False, **kwargs: Any):
+        super().__init__(channels, experts, **kwargs)
+        self.tokens, self.current = tokens, None
+
+    def of_block(self, x: Tensor) -> Tensor:
+        """r for the block's input: images (B, C, *spatial), or tokens (B, …, C)."""
+        channels = self.weight.shape[1]
+        if x.ndim < 2 or x.shape[-1 if self.tokens else 1] != channels:
+            expected = f"(B, …, {channels})" if self.tokens else f"(B, {channels}, …)"
+            raise ValueError(
+                f"the routing reads an input {expected}, as the first layer behind it does, and found "
+                f"{tuple(x.shape)}; with routing='layer' each layer has a routing of its own input"
+            )
+        if x.ndim > 2:
+            x = x.flatten(1, -2).mean(1) if self.tokens else x.flatten(2).mean(2)
+        return self(x)
 
     def of(self, x: Tensor) -> Tensor:
         """r for a layer's input x.
@@ -81,8 +84,7 @@ class BlockRouting(Routing, Tied):
         if self.current.shape[0] != x.shape[0]:
             raise ValueError(
                 f"the block's routing is of {self.current.shape[0]} samples, the layer's input of "
-                f"{x.shape[0]}: "
-                "routing='layer' works"
+                f"{x.shape[0]}: routing='layer' works"
             )
         return self.current
 
@@ -95,7 +97,7 @@ class RoutedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own class, whose first argument is its input."""
         routing = self.routing_fn
-        routing.current = routing(args[0] if args else next(iter(kwargs.values())))
+        routing.current = routing.of_block(args[0] if args else next(iter(kwargs.values())))
         try:
             return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] (the block's class)
         finally:

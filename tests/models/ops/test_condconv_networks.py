@@ -55,7 +55,7 @@ def net(config):
 
 @pytest.fixture
 def small():
-    """A block in each stage; the classifier is routed by its own input, and the last blocks route their layers."""
+    """One with a block in each stage; the last blocks route their layers, the classifier is routed by its own input."""
     return converted(CONFIGS["block"], layers=(1, 1, 1, 1))
 
 
