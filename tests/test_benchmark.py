@@ -76,7 +76,7 @@ def test_each_network_has_a_row_in_each_case(benchmark, machine, monkeypatch, ca
         )  # which cannot be trained
     ]
     kept = json.loads((tmp_path / "figures.json").read_text())
-    assert kept["parity"] < 1e-9
+    assert kept["parity"] < 1e-6
     assert kept["machine"]["products"]["bf16"] == 4e11
     by_name = {}
     for figures in kept["results"]:

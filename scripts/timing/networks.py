@@ -19,7 +19,7 @@ from .clock import HALF
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 UPSTREAM = "upstream"
 MERGED = {"merged": None, "merged-bf16": torch.bfloat16}  # and the type of products, None for that of the precision
-_NEAR_ZERO = 1e-2
+_NEAR_ZERO, _GAIN = 1e-2, 0.5  # gains below the first become the second
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class Contender:
 
         The latter are those of random images. With those of the start, what a deep network computes fades into
         denormal numbers, which processors handle at very different speeds. Gains that start near zero, as those of the
-        last norms and the layer scales of residual branches do, are one: else no result would depend on what is there.
+        last norms and the layer scales of residual branches do, are raised: else no result would depend on what is
+        there.
 
         Raises:
             ValueError: A configuration that cannot be built.
@@ -52,7 +53,7 @@ class Contender:
         net = build_model(self.config)
         for name, p in net.named_parameters():
             if p.ndim == 1 and not name.endswith("bias") and p.abs().max() < _NEAR_ZERO:
-                nn.init.ones_(p)
+                nn.init.constant_(p, _GAIN)
         update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
         net = net.to(device, memory_format=LAYOUTS[self.layout])
         if self.name == UPSTREAM:
