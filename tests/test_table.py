@@ -105,16 +105,17 @@ def test_published_figures_belong_to_configurations(table):
 
 
 @pytest.mark.usefixtures("known_times")
-def test_every_operator_has_a_row_on_a_backbone(table, monkeypatch, capsys, tmp_path):
+def test_operators_have_rows_on_a_backbone(table, monkeypatch, capsys, tmp_path):
     (tmp_path / "stubborn_operator.py").write_text(STUBBORN)
     monkeypatch.syspath_prepend(str(tmp_path))
     files = {kind: tmp_path / f"all.{kind}" for kind in ("json", "csv", "png")}
     options = ["--json", files["json"], "--csv", files["csv"], "--plot", files["png"], "--import", "stubborn_operator"]
-    assert run(table, monkeypatch, "--backbone", "quickstart", "--cases", "infer:1", "train:2", *options) == 0
+    options += ["--cases", "infer:1", "train:2", "--operators", "kernel_warehouse", "toy", "stubborn"]
+    assert run(table, monkeypatch, "--backbone", "quickstart", *options) == 0
     said = capsys.readouterr().out
     shown = rows(said)
-    assert {"quickstart (static)", "kw1x_resnet18", "toy", "stubborn"} <= {*shown}
-    assert float(said.split("parity ")[1].split()[0]) < 1e-9
+    assert [*shown] == ["quickstart (static)", "kw1x_resnet18", "toy", "stubborn"]
+    assert float(said.split("parity ")[1].split()[0]) < 1e-6
     ours = shown["kw1x_resnet18"]
     assert ours["inference, 1"] == ours["training, 2"] == "1.50 ± 0.50 (3.00 ± 1.00)"
     assert ours["memory, training, 2"] == "1.10 (3.00)"
@@ -143,13 +144,19 @@ def test_a_backbone_without_configurations_has_the_operators_defaults(table, mon
     assert shown["toy"]["inference, 1"] == "1.50 ± 0.50"
 
 
+def test_every_registered_operator_has_a_row(table):
+    _, found = sys.modules["timing.survey"].find_rows("resnet10t", 32)
+    assert [row.name for row in found] == operators.operator_names()
+    assert all(row.pair is not None for row in found)
+
+
 def test_nothing_is_timed_or_printed_of_results_that_differ(table, monkeypatch, capsys):
     grouped = type(IMPLEMENTATIONS["grouped"])
     right = grouped.__call__
     monkeypatch.setattr(grouped, "__call__", lambda *a: right(*a) * (1 + 1e-6))
     monkeypatch.setattr(table, "measure", lambda *_: pytest.fail("something was timed"))
     with pytest.raises(SystemExit, match="no figure is printed"):
-        run(table, monkeypatch, "--backbone", "quickstart")
+        run(table, monkeypatch, "--backbone", "quickstart", "--operators", "kernel_warehouse")
     assert not capsys.readouterr().out
 
 
@@ -194,7 +201,7 @@ def test_labels_of_the_picture_do_not_overlap(table):
     ("arguments", "message"),
     [
         (["--backbone", "no_such_network"], "timm has no network 'no_such_network'"),
-        (["--backbone", "deit_tiny", "--size", "8"], "cannot take images of 8×8"),
+        (["--backbone", "vit_tiny_patch16_224", "--size", "8"], "cannot take images of 8×8"),
         (["--backbone", "quickstart", "--operators", "toys"], "did you mean 'toy'"),
         (["--import", "no_such_module"], "--import no_such_module: "),
         (["--plot", "all.png"], "name a --backbone"),

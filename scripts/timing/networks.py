@@ -19,6 +19,7 @@ from .clock import HALF
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 UPSTREAM = "upstream"
 MERGED = {"merged": None, "merged-bf16": torch.bfloat16}  # and the type of products, None for that of the precision
+_NEAR_ZERO, _GAIN = 1e-2, 0.5  # gains below the first become the second
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +42,18 @@ class Contender:
         """Build the network; contenders of one configuration have the same weights and statistics.
 
         The latter are those of random images. With those of the start, what a deep network computes fades into
-        denormal numbers, which processors handle at very different speeds.
+        denormal numbers, which processors handle at very different speeds. Gains that start near zero, as those of the
+        last norms and the layer scales of residual branches do, are raised: else no result would depend on what is
+        there.
 
         Raises:
             ValueError: A configuration that cannot be built.
         """
         torch.manual_seed(0)
         net = build_model(self.config)
+        for name, p in net.named_parameters():
+            if p.ndim == 1 and not name.endswith("bias") and p.abs().max() < _NEAR_ZERO:
+                nn.init.constant_(p, _GAIN)
         update_bn([torch.randn(2, self.config.in_chans, self.config.input_size, self.config.input_size)], net)
         net = net.to(device, memory_format=LAYOUTS[self.layout])
         if self.name == UPSTREAM:

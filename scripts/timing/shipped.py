@@ -18,14 +18,15 @@ from kernelwarehouse.models import read_config
 from .networks import meta_network, static_twin
 
 ROOT = find_config("resnet18/resnet18").parent.parent
-# By a file's name, of those for ImageNet's classes: the authors' count of parameters in millions, and top-1 in percent.
+# By a file's name, of those for ImageNet's classes: parameters in millions that the authors print or their code builds,
+# and top-1 in percent.
 PUBLISHED: dict[str, dict[str, str]] = json.loads(
     Path(__file__).parent.with_name("published.json").read_text(encoding="utf-8")
 )
 _CLASSES = 1000
 COLUMNS = {
     "name": "configuration", "operator": "operator", "parameters": "params (M)",
-    "published_parameters": "published (M)", "macs": "conv MACs (G)", "mixing_macs": "mixing MACs (G)",
+    "published_parameters": "authors' (M)", "macs": "conv MACs (G)", "mixing_macs": "mixing MACs (G)",
     "published_top1": "top-1 published (%)",
 }  # fmt: skip
 
