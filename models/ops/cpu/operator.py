@@ -1,6 +1,8 @@
 """Functions as operators of torch: a graph, a trace or a profile shows each as one."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -31,8 +33,12 @@ def operator(
             torch.library.impl(qualified, "cuda", cuda)
         torch.library.register_fake(qualified, fake)
         packet = getattr(torch.ops.kernelwarehouse, name)
-        if macs:
-            register_flop_formula(packet)(lambda *shapes, **_: 2 * macs(*shapes))
+        if macs is not None:
+            register_flop_formula(packet)(partial(_flops, macs))
         return packet.default
 
     return register
+
+
+def _flops(macs: Callable[..., int], *shapes: Any, **_: Any) -> int:
+    return 2 * macs(*shapes)
