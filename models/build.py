@@ -152,7 +152,14 @@ def _create_converted(name: str, operator: str, preset: Preset, pretrained: bool
     backbone = ALIASES.get(preset.backbone, preset.backbone)
     if not timm.is_model(backbone):
         raise ConfigError(f"timm has no network {backbone!r}{_nearest(name)}")
-    return create_converted(name, backbone, cls(**{**preset.fields, **fields}), pretrained, **kwargs)
+    # A plan that replaces the classifier needs one; it is taken away afterwards.
+    headless = "classifier" in preset.replaced and kwargs.get("num_classes") == 0
+    if headless:
+        del kwargs["num_classes"]
+    net: Any = create_converted(name, backbone, cls(**{**preset.fields, **fields}), pretrained, **kwargs)
+    if headless and not kwargs.get("features_only"):
+        net.reset_classifier(0)
+    return net
 
 
 def _entry_point(name: str, operator: str) -> Callable[..., nn.Module]:

@@ -37,7 +37,9 @@ class Tied(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         own = next(self._tensors(), None)
-        if own is None or not any(same_tensor(v, own[1]) for v in destination.values() if isinstance(v, Tensor)):
+        known = (value for value in destination.values() if isinstance(value, Tensor))
+        everywhere = "_fsdp_wrapped_module." in prefix  # FSDP's first version looks for each of its names
+        if own is None or everywhere or not any(same_tensor(value, own[1]) for value in known):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

@@ -2,8 +2,11 @@
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from fill import fill
+from registered import CASES
+from torch.export import Dim
 
 from kernelwarehouse import build_model
 
@@ -52,6 +55,38 @@ def test_torch_export_for_images_of_any_size(net):
         x = images(batch, side)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), net(x), rtol=1e-3, atol=1e-3 * net(x).abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False], ids=["named", "automatic"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.marks])
+def test_every_family_is_exported_for_images_of_any_size(case, named):
+    name, small, _ = case
+    changed = {"img_size": 64, "dynamic_img_size": True} if "img_size" in small else {}
+    net = timm.create_model(name, **{**small, **changed}).eval()
+    shapes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    if named:
+        batch, height, width = (Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
+        shapes = {0: batch, 2: 32 * height, 3: 32 * width}
+    program = torch.export.export(net, (torch.randn(3, 3, 96, 128),), dynamic_shapes=(shapes,)).module()
+    for size in ((2, 3, 64, 64), (5, 3, 160, 96)):
+        x = torch.randn(size)
+        torch.testing.assert_close(program(x), net(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_for_images_of_any_size(net, tmp_path, dynamo):
+    axes = {0: "batch", 2: "height", 3: "width"}
+    dynamic = {"dynamic_shapes": (dict.fromkeys(axes, Dim.DYNAMIC),)} if dynamo else {"dynamic_axes": {"images": axes}}
+    path = str(tmp_path / "net.onnx")
+    torch.onnx.export(net, (images(3, 96),), path, dynamo=dynamo, input_names=["images"], **dynamic)
+    session = onnxruntime.InferenceSession(path)
+    for batch, side in ((2, 64), (5, 128)):
+        x = images(batch, side)
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        with torch.no_grad():
+            torch.testing.assert_close(found, net(x), rtol=1e-3, atol=1e-3 * net(x).abs().max().item())
 
 
 def test_trace(net):

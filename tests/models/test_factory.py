@@ -111,6 +111,11 @@ class TestConvertedStemAndHead:
         assert "conv_stem: weights for other channels" in caplog.text
         torch.testing.assert_close(net.bn1.weight, before.bn1.weight)
         torch.testing.assert_close(net.classifier.warehouse.weight, before.classifier.warehouse.weight)
+        net = timm.create_model("kw1d2x_mobilenetv2_050", num_classes=0, **arguments).eval()
+        torch.testing.assert_close(net(x), before.forward_head(before.forward_features(x), pre_logits=True))
+        for kwargs in ({}, {"feature_cls": "getter"}):
+            net = timm.create_model("kw1d2x_mobilenetv2_050", num_classes=0, features_only=True, **kwargs, **arguments)
+            assert len(net.eval()(x)) == 5
 
     def test_a_static_file_cannot_fill_fewer_cells(self, tmp_path):
         torch.save(timm.create_model("mobilenetv2_050").state_dict(), tmp_path / "static.pth")

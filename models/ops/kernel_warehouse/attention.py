@@ -123,7 +123,7 @@ class Attention(Watched):
         if not self.num_basis:
             z = self.fc2(h) if offset else F.linear(h, self.fc2.weight)
             return z.reshape(-1, self.mixtures, self.num_cells + 1)
-        z = self.fc2(h).reshape(h.shape[0], self.mixtures, -1)
+        z = self.fc2(h).unflatten(1, (self.mixtures, len(self.own_cells) + self.num_basis + 1))
         local, basis, zero = z.split([len(self.own_cells), self.num_basis, 1], dim=2)
         others = self.fc3(basis)
         start = self.own_cells.start

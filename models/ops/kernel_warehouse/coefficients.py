@@ -1,6 +1,7 @@
 """Coefficients of mixtures as operators: in C++ on a CPU, by Triton on a GPU."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,11 @@ def _coefficients_on_gpu(*tensors: Tensor) -> Tensor:
     return attention_triton.coefficients(*tensors)
 
 
-@operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu)
+def _logits_macs(hidden: Sequence[int], weight: Sequence[int], *_: Any) -> int:
+    return hidden[0] * math.prod(weight)
+
+
+@operator("coefficients", fake=_empty_alpha, cuda=_coefficients_on_gpu, macs=_logits_macs)
 def coefficients_operator(
     hidden: Tensor, weight: Tensor, bias: Tensor, assignment: Tensor, temperature: Tensor
 ) -> Tensor:
@@ -125,7 +130,12 @@ def _coefficients_gradients_on_gpu(*tensors: Tensor) -> tuple[Tensor, Tensor, Te
     return attention_triton.gradients(*tensors)
 
 
-@operator("coefficients_gradients", fake=_empty_gradients, cuda=_coefficients_gradients_on_gpu)
+def _gradients_macs(_grad: Sequence[int], hidden: Sequence[int], weight: Sequence[int], *_: Any) -> int:
+    """The logits again, and the gradients of both of their factors."""
+    return 3 * _logits_macs(hidden, weight)
+
+
+@operator("coefficients_gradients", fake=_empty_gradients, cuda=_coefficients_gradients_on_gpu, macs=_gradients_macs)
 def coefficients_gradients(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +165,11 @@ def _empty_result(x: Tensor, parameters: Sequence[Any], _norm_eps: float) -> Ten
     return x.new_empty(x.shape[0], *parameters[8].shape)
 
 
-@operator("attention", fake=_empty_result)
+def _attention_macs(x: Sequence[int], parameters: Sequence[Sequence[int]], _norm_eps: float) -> int:
+    return x[0] * (math.prod(parameters[0]) + math.prod(parameters[6]))
+
+
+@operator("attention", fake=_empty_result, macs=_attention_macs)
 def attention_operator(x: Tensor, parameters: Sequence[Tensor | None], norm_eps: float) -> Tensor:
     """α (B, m, n), of what `_Attention` says."""
     weight1, *_, weight2, bias2, assignment, _ = parameters

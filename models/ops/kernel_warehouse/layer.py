@@ -124,6 +124,8 @@ class KWLayer(DynamicLayer):
 
     def convolve(self, x: Tensor) -> Tensor:
         """Apply the kernels, and the bias, to images: (B, Cin, *spatial) → (B, Cout, *output spatial)."""
+        if x.shape[0] == 0:
+            return add_bias(self._nothing(x), self.bias)
         signature = self._signature(x)
         chosen = select(signature, CANDIDATES, self.implementation)
         alpha, bank = self._factors(x, chosen, "torch" if signature.exporting else chosen.operators)
@@ -132,6 +134,14 @@ class KWLayer(DynamicLayer):
         kind = signature.dtype
         y = chosen(as_type(x, kind), as_type(alpha, kind), bank, self.partition, self.geometry)
         return add_bias(y, self.bias)
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """The output of no images, with which all that took part gets a gradient of zeros, as from torch's layers."""
+        alpha, bank = self._factors(x, CANDIDATES["reference"])
+        kernel = self.partition.kernel
+        size = self.geometry.output_size(x.shape[2:], kernel[2:])
+        zero = x.sum() + alpha.sum() + 0 * bank.sum()
+        return zero.expand(0, kernel[0], *size)
 
     def candidates(self) -> Mapping[str, MixtureConv]:
         """As `DynamicLayer`."""

@@ -1,5 +1,6 @@
 """KWConv1d, KWConv2d, KWConv3d and KWLinear: layers whose kernels are mixed from a shared warehouse."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -52,10 +53,12 @@ class KWConvNd(KWLayer):
         self.padding_mode = padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, *spatial) → (B, Cout, *output spatial)."""
-        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels or x.shape[0] == 0:
+        """([B,] Cin, *spatial) → ([B,] Cout, *output spatial)."""
+        if x.ndim == self.dims + 1:
+            return self(x[None])[0]
+        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             sizes = ", ".join("DHW"[-self.dims :])
-            raise ValueError(f"expected an input (B ≥ 1, {self.in_channels}, {sizes}), found {tuple(x.shape)}")
+            raise ValueError(f"expected an input ([B,] {self.in_channels}, {sizes}), found {tuple(x.shape)}")
         return self.convolve(x)
 
     def extra_repr(self) -> str:
@@ -111,13 +114,15 @@ class KWLinear(KWLayer):
         self.out_features = out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, *tokens, in_features) → (B, *tokens, out_features); the first dimension is the batch."""
-        if x.ndim < 2 or x.shape[-1] != self.in_features or x.shape[0] == 0:
-            raise ValueError(f"expected an input (B ≥ 1, …, {self.in_features}), found {tuple(x.shape)}")
+        """([B,] *tokens, in_features) → ([B,] *tokens, out_features); of several dimensions the first is the batch."""
+        if x.ndim == 1:
+            return self(x[None])[0]
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input ([B,] …, {self.in_features}), found {tuple(x.shape)}")
         y = self.convolve(self.as_images(x)).movedim(1, -1)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def as_images(self, x: Tensor) -> Tensor:
         """(B, *tokens, in_features) → (B, in_features, tokens, 1, …): tokens as the positions of a 1×1 convolution."""
         ones = (1,) * (len(self.geometry.stride) - 1)
-        return x.reshape(x.shape[0], -1, *ones, self.in_features).movedim(-1, 1)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), *ones, self.in_features).movedim(-1, 1)

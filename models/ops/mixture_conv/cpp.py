@@ -62,7 +62,37 @@ def _output(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], own: 
     return empty_images(x, rows.shape[0] * (1 if own else alpha.shape[1]), size)
 
 
-@operator("mixture_conv", fake=_output)
+def _mixing_macs(alpha: Sequence[int], rows: Sequence[int], own: bool = False) -> int:
+    """Multiply-adds of making the kernels of all samples once."""
+    samples, blocks, parts, _ = alpha
+    return samples * math.prod(rows) * (1 if own else blocks * parts)
+
+
+def _applying_macs(x: Sequence[int], y: Sequence[int], window: Sequence[int]) -> int:
+    """Multiply-adds of a convolution, or of one of its gradients."""
+    return math.prod(y) * x[1] * math.prod(window[:3])
+
+
+def _forward_macs(alpha: Sequence[int], rows: Sequence[int], x: Sequence[int], window: Sequence[int], own: bool) -> int:
+    channels = rows[0] * (1 if own else alpha[1])
+    y = x[0], channels, *output_size(x[2:], window)
+    return _mixing_macs(alpha, rows, own) + _applying_macs(x, y, window)
+
+
+def _gradient_of_x_macs(
+    grad: Sequence[int], alpha: Sequence[int], cells: Sequence[int], x: Sequence[int], window: Sequence[int]
+) -> int:
+    """The kernels are mixed again."""
+    return _mixing_macs(alpha, cells) + _applying_macs(x, grad, window)
+
+
+def _gradients_of_mixing_macs(
+    grad: Sequence[int], alpha: Sequence[int], cells: Sequence[int], x: Sequence[int], window: Sequence[int]
+) -> int:
+    return 2 * _mixing_macs(alpha, cells) + _applying_macs(x, grad, window)
+
+
+@operator("mixture_conv", fake=_output, macs=_forward_macs)
 def convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], own: bool) -> Tensor:
     """Of α (B, blocks of output channels, parts, n) and a bank by output channel.
 
@@ -95,7 +125,7 @@ def _like_x(_grad: Tensor, _alpha: Tensor, _cells: Tensor, x: Tensor, _window: S
     return empty_images(x, x.shape[1], x.shape[2:])
 
 
-@operator("mixture_conv_gradient_of_x", fake=_like_x)
+@operator("mixture_conv_gradient_of_x", fake=_like_x, macs=_gradient_of_x_macs)
 def gradient_of_x(grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
     """That of x, given that of y, for a shared bank (n, cout, cin, *ones)."""
     grad_x = _like_x(grad, alpha, cells, x, window)
@@ -113,7 +143,7 @@ def _like_mixing(
     return torch.empty_like(alpha, memory_format=torch.contiguous_format), grad_cells
 
 
-@operator("mixture_conv_gradients_of_mixing", fake=_like_mixing)
+@operator("mixture_conv_gradients_of_mixing", fake=_like_mixing, macs=_gradients_of_mixing_macs)
 def gradients_of_mixing(
     grad: Tensor, alpha: Tensor, cells: Tensor, x: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

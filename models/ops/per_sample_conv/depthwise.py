@@ -5,6 +5,7 @@ gradients than for its outputs.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -91,7 +92,15 @@ def _empty_output(x: Tensor, _kernels: Tensor, window: Sequence[int]) -> Tensor:
     return empty_images(x, x.shape[1], output_size(x.shape[2:], window))
 
 
-@operator("depthwise", fake=_empty_output)
+def _forward_macs(x: Sequence[int], kernels: Sequence[int], window: Sequence[int]) -> int:
+    return x[0] * x[1] * math.prod(output_size(x[2:], window)) * kernels[1]
+
+
+def _gradient_macs(grad: Sequence[int], _x: Sequence[int], kernels: Sequence[int], _window: Sequence[int]) -> int:
+    return math.prod(grad) * kernels[1]
+
+
+@operator("depthwise", fake=_empty_output, macs=_forward_macs)
 def convolve(x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
     """y (B, C, *output spatial) of kernels (B, taps, C), and a `window_of` them."""
     y = _empty_output(x, kernels, window)
@@ -104,7 +113,7 @@ def _like_x(_grad: Tensor, x: Tensor, _kernels: Tensor, _window: Sequence[int]) 
     return empty_images(x, x.shape[1], x.shape[2:])
 
 
-@operator("depthwise_gradient_of_x", fake=_like_x)
+@operator("depthwise_gradient_of_x", fake=_like_x, macs=_gradient_macs)
 def gradient_of_x(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
     """That of x, given that of the result of `convolve`."""
     grad_x = _like_x(grad, x, kernels, window)
@@ -117,7 +126,7 @@ def _like_kernels(_grad: Tensor, _x: Tensor, kernels: Tensor, _window: Sequence[
     return torch.empty_like(kernels, memory_format=torch.contiguous_format)
 
 
-@operator("depthwise_gradient_of_kernels", fake=_like_kernels)
+@operator("depthwise_gradient_of_kernels", fake=_like_kernels, macs=_gradient_macs)
 def gradient_of_kernels(grad: Tensor, x: Tensor, kernels: Tensor, window: Sequence[int]) -> Tensor:
     """That of the kernels (B, taps, C)."""
     grad_kernels = _like_kernels(grad, x, kernels, window)
