@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..configs.schema import ConfigError
 from ..models import (
-    DEFAULT_KEY,
     build_model,
+    check_entries,
+    copy_weights,
     find_state_dict,
-    load_weights,
+    fit_weights,
     read_checkpoint,
     read_config,
     sharing,
@@ -46,7 +47,8 @@ class DynamicBackbone(BaseModule):
         checkpoint: Weights to start from: a classifier's, ours or upstream's, or a detector's, of which the backbone
             is taken. They are read by `init_weights`, that is when a training starts: a trained detector needs no
             classifier's file. None keeps the initialisation.
-        model_key: Entry of the checkpoint, such as "model_ema"; several in order of preference, separated by "|".
+        model_key: Entry of the checkpoint, such as "model_ema"; several in order of preference, separated by "|". None
+            takes the weights that the file was kept for, else the model's.
         out_indices: Levels to return, in ascending order; negative ones count from the last.
         out_norm: Normalise each feature map by a LayerNorm over its channels, as detectors on ConvNeXt do.
         final_features: In place of the last level, return what the network makes of it before pooling (MobileNetV2's
@@ -71,7 +73,7 @@ class DynamicBackbone(BaseModule):
         self,
         config: Mapping[str, Any] | str | Path,
         checkpoint: str | Path | None = None,
-        model_key: str = DEFAULT_KEY,
+        model_key: str | None = None,
         out_indices: Sequence[int] = (-4, -3, -2, -1),
         out_norm: bool = False,
         final_features: bool = False,
@@ -139,26 +141,39 @@ class DynamicBackbone(BaseModule):
         """Load `checkpoint`, if there is one.
 
         Raises:
-            CheckpointError: It cannot be read, or does not fit; the message lists the differences.
+            CheckpointError: It cannot be read, or does not fit; the message lists the differences, and the backbone is
+                unchanged.
         """
         if self.checkpoint:
-            state = find_state_dict(read_checkpoint(self.checkpoint), self.model_key, str(self.checkpoint))
+            source = str(self.checkpoint)
+            state = find_state_dict(read_checkpoint(self.checkpoint), self.model_key, source)
             of_detector = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-            norms = self._load(of_detector or state, str(self.checkpoint))
-            for name, value in norms.items():
-                self.get_parameter(name).data.copy_(value)
+            net, norms = self._fit(of_detector or state, source)
+            copy_weights(self.net, net, source)
+            copy_weights(self._norms(), norms, source)
         self._is_init = True
+
+    def fit(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Check weights of a classifier or a detector's backbone; return them under the names of this module.
+
+        Raises:
+            CheckpointError: They do not fit, or have values that the backbone cannot hold.
+        """
+        net, norms = self._fit(state, source)
+        return {**{f"net.{k}": v for k, v in net.items()}, **norms}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept upstream's names too, and nothing that does not fit: mmengine asks for no strictness at all."""
         own = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
-        norms = self._load(own, "the backbone's part")
-        net = {f"net.{k}": v for k, v in self.net.state_dict().items()}
-        state_dict.update({prefix + k: v for k, v in {**norms, **net}.items()})
+        state_dict.update({prefix + k: v for k, v in self.fit(own, "the backbone's part").items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _load(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """Load the network's weights by their names in a classifier or a detector; return those of the output norms."""
+    def _fit(self, state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Whole state dicts for the network and for the output norms, of weights that were checked.
+
+        Output norms that the weights lack altogether, as those of a classifier do, keep their values.
+        """
+        check_entries(state, source)
         modules = {name for name, _ in self.named_children()} - {"net"}
         authors = {theirs for translation in self._translations for theirs in translation.names.values()}
         norms = {k: v for k, v in state.items() if k.split(".")[0] in modules and k not in authors}
@@ -169,11 +184,18 @@ class DynamicBackbone(BaseModule):
                 break
         unused = [k for k in state if k in self._pruned]
         used = {k: v for k, v in state.items() if k not in self._pruned}
-        load_weights(self.net, used, source=source, known=())
+        net = fit_weights(self.net, used, source=source, known=()).state
+        norms = (
+            fit_weights(self._norms(), norms, source=source, known=()).state if norms else self._norms().state_dict()
+        )
         if unused:
             some = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
             print_log(f"{source}: left out {some}, which the detector does not use", logger="current")
-        return norms
+        return net, norms
+
+    def _norms(self) -> nn.ModuleDict:
+        """The output norms under their own names."""
+        return nn.ModuleDict({name: module for name, module in self.named_children() if name != "net"})
 
 
 # The name by which configurations of earlier versions ask for it.

@@ -16,7 +16,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint
 
-from ..models import CheckpointError
+from ..models import CheckpointError, check_file
 
 NUMBERS = ("b1", "i4", "i8", "f2", "f4", "f8")
 
@@ -84,9 +84,11 @@ def guard_loaders() -> None:
     @wraps(load)
     def load_checkpoint(filename: str, *args: Any, **kwargs: Any) -> Any:
         try:
+            if "://" not in filename:
+                check_file(filename)
             return load(filename, *args, **kwargs)
-        except FileNotFoundError as e:
-            raise CheckpointError(f"{filename}: no such checkpoint") from e
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError as e:
             reason = str(e).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
             raise CheckpointError(

@@ -17,9 +17,9 @@ from mmengine.dist import is_main_process
 from torch import nn
 
 from kernelwarehouse.configs.schema import ConfigError
+from kernelwarehouse.detection.backbone import PREFIX, DynamicBackbone
 from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run, unwrap
-from kernelwarehouse.models import CheckpointError, read_checkpoint
-from kernelwarehouse.models.checkpoints import find_state_dict
+from kernelwarehouse.models import check_values, copy_weights, find_state_dict, read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,13 +56,18 @@ def load_detector(model: nn.Module, content: Mapping[str, object], source: str) 
     """Load all weights of a detector.
 
     Raises:
-        CheckpointError: They do not fit; the message lists the differences.
+        CheckpointError: They do not fit, or have values that it cannot hold; the detector is then unchanged.
     """
     state = find_state_dict(content, "state_dict|model", source)
-    try:
-        model.load_state_dict(state)
-    except (CheckpointError, RuntimeError) as e:
-        raise CheckpointError(f"{source}: {e}") from e
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, DynamicBackbone):
+        own = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+        state = {k: v for k, v in state.items() if not k.startswith(PREFIX)}
+        check_values(state, model.state_dict(), source)
+        state |= {PREFIX + k: v for k, v in backbone.fit(own, source).items()}
+    else:
+        check_values(state, model.state_dict(), source)
+    copy_weights(model, state, source)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -1,23 +1,18 @@
 """Checkpoints of a training: written whole or not at all, read without running their pickles."""
 
-import hashlib
-import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..models import CheckpointError, read_checkpoint
+from ..models import CheckpointError, read_checkpoint, seal
 from .outputs import KEPT, replacing, writing
+from .validation import check_state
 
 # checkpoint-EPOCH.pth after an epoch, checkpoint-EPOCH-STEP.pth within one; the step counts from the run's start.
 NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
-# The end of a zip archive is the length of its comment, in two bytes, and the comment: here a sum of all before it.
-DIGEST = hashlib.sha256().digest_size
-NO_COMMENT, SEALED = (length.to_bytes(2, "little") for length in (0, DIGEST))
-REQUIRED = {"model", "optimizer", "scaler", "epoch", "iteration", "best", "config", "processes"}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -33,49 +28,53 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
         except RuntimeError as e:  # torch's writer turns errors of the file into its own
             raise OSError(*(e.__context__.args if isinstance(e.__context__, OSError) else e.args)) from e
-        _seal(file)
+        seal(file)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this engine onto the CPU, without running anything in it.
 
     Raises:
-        CheckpointError: No such file, damage anywhere in it, a pickle that is more than data, or no training state.
+        CheckpointError: No such file, damage anywhere in it, a pickle that is more than data, or no training state
+            that a training could go on from.
     """
-    path = Path(path)
-    if path.is_file():
-        try:
-            _check_seal(path)
-        except OSError as e:
-            raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
     state = read_checkpoint(path)
-    missing = sorted(REQUIRED - set(state))
-    if missing:
-        raise CheckpointError(
-            f"{path}: holds no state to continue a training from (no {', '.join(missing)}); --finetune starts from its "
-            "weights alone"
-        )
+    try:
+        check_state(state)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
     return state
 
 
-def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """Find and read the newest numbered checkpoint that is whole; None where there is no checkpoint at all.
+def newest_checkpoint(folder: str | Path, before: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Find and read the newest numbered checkpoint that can be used; None where there is no checkpoint at all.
 
-    Each damaged one is passed over with a warning.
+    Each that is damaged, or holds a bad state, is passed over with a warning.
+
+    Args:
+        folder: Where they lie.
+        before: One that cannot be used: only older ones are looked at.
 
     Raises:
-        CheckpointError: There are checkpoints, and every one is damaged: starting anew would write over them.
+        CheckpointError: There are checkpoints, and none can be used: starting anew would write over them.
     """
     paths = numbered(folder)
-    for path in paths:
-        if (state := _read_or_warn(path)) is not None:
-            return path, state
-    if paths:
+    for path in paths if before is None else [path for path in paths if position(path.name) < position(before.name)]:
+        try:
+            return path, read_state(path)
+        except CheckpointError as e:
+            pass_over(e)
+    if paths or before:
         raise CheckpointError(
-            f"{folder}: none of its {len(paths)} checkpoints can be read; move them away, or pass another "
+            f"{folder}: none of its {len(paths)} checkpoints can be used; move them away, or pass another "
             "--output_dir to start anew"
         )
     return None
+
+
+def pass_over(error: CheckpointError) -> None:
+    """Warn of a checkpoint that is not taken."""
+    warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
 
 
 def prune_checkpoints(folder: str | Path, keep: int, newest: str) -> None:
@@ -106,39 +105,3 @@ def position(name: str) -> tuple[int, float]:
     if not match:
         raise ValueError(f"{name} is no numbered checkpoint")
     return int(match[1]), float(match[2] or "inf")
-
-
-def _seal(file: BinaryIO) -> None:
-    """Make a sum over a file of torch.save the comment that ends this zip archive."""
-    size = file.seek(-len(NO_COMMENT), os.SEEK_END)
-    digest = _digest(file, size)
-    file.seek(size)
-    file.write(SEALED + digest)
-
-
-def _check_seal(path: Path) -> None:
-    """Compare a sealed file with its sum. Torch checks none, and reads some damaged headers as other weights."""
-    with path.open("rb") as file:
-        size = max(file.seek(0, os.SEEK_END) - len(SEALED) - DIGEST, 0)
-        file.seek(size)
-        sealed, digest = file.read(len(SEALED)), file.read()
-        if sealed == SEALED and digest != _digest(file, size):
-            raise CheckpointError(f"{path}: damaged: it has changed since it was written")
-
-
-def _digest(file: BinaryIO, size: int) -> bytes:
-    """SHA-256 of the first `size` bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size > 0 and (block := file.read(min(size, 2**24))):
-        digest.update(block)
-        size -= len(block)
-    return digest.digest()
-
-
-def _read_or_warn(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_state(path)
-    except CheckpointError as e:
-        warnings.warn(f"passing over a checkpoint: {e}", stacklevel=3)
-        return None

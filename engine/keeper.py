@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from ..models import KEPT_FOR
 from .checkpoint import NAME, prune_checkpoints, save_checkpoint
 from .signals import Notice
 from .state import NonFiniteLossError, Training
@@ -67,8 +68,9 @@ class Keeper:
             raise NonFiniteLossError("the weights are not finite any more, and were not saved")
         state = self.training.state_dict()
         if self.training.world.is_main:
+            kept_for = {name: key for key, name in BEST.items()}
             for name in names:
-                save_checkpoint(self.folder / name, state)
+                save_checkpoint(self.folder / name, {**state, KEPT_FOR: kept_for.get(name, "model")})
             if NAME.fullmatch(names[-1]):
                 prune_checkpoints(self.folder, self.training.run.save_ckpt_num, names[-1])
         self.newest = self.folder / names[-1]

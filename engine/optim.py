@@ -22,11 +22,20 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> Optimizer:
         ConfigError: An optimizer that timm does not know or that refuses its settings, or `layer_decay` for a network
             that does not name its layers.
     """
+    return make_optimizer(parameter_groups(model, run.weight_decay, run.layer_decay), run)
+
+
+def make_optimizer(groups: list[dict], run: RunConfig) -> Optimizer:
+    """Return the optimizer that `run` names over groups such as `parameter_groups` gives.
+
+    Raises:
+        ConfigError: An optimizer that timm does not know or that refuses its settings.
+    """
     try:
         info = get_optimizer_info(run.opt.lower().removeprefix("lookahead_"))
         options = {"eps": run.opt_eps if info.has_eps else None, "betas": run.opt_betas if info.has_betas else None}
         return create_optimizer_v2(
-            parameter_groups(model, run.weight_decay, run.layer_decay),
+            groups,
             run.opt,
             lr=run.lr,
             momentum=run.momentum,

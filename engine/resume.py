@@ -1,13 +1,14 @@
 """Continuing a training: from which checkpoint, and with which processes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..configs.schema import Config, ConfigError, RunConfig
-from ..models import CheckpointError
-from .checkpoint import newest_checkpoint, numbered, position, read_state
+from ..configs.schema import Config, ConfigError, RunConfig, field_names
+from ..models import CheckpointError, MisfitError
+from .checkpoint import newest_checkpoint, numbered, pass_over, position, read_state
 from .distributed import World
 from .state import Training
 
@@ -94,16 +95,40 @@ def keep_total_batch(config: Config, state: dict[str, Any], world: World) -> Con
     return replace(config, run=replace(run, update_freq=update_freq))
 
 
-def resume(training: Training, found: Found) -> None:
-    """Continue from a checkpoint.
+def resume(training: Training, found: Found) -> Found:
+    """Continue from a checkpoint, or from an older one if the state in it is bad and the run does not name it.
+
+    A state that does not fit is bad if the same network and optimizer wrote it, and otherwise an error of the user's.
+
+    Returns:
+        What the training continues from.
 
     Raises:
-        CheckpointError: It belongs to another model or optimizer.
+        CheckpointError: It belongs to another model or optimizer, or holds no state to go on from; the training is
+            then unchanged.
     """
-    try:
-        training.load_state_dict(found.state)
-    except CheckpointError as e:
-        raise CheckpointError(f"{found.path}: {e}") from e
+    run = training.run
+    while True:
+        try:
+            training.load_state_dict(found.state)
+            return found
+        except CheckpointError as e:
+            error = type(e)(f"{found.path}: {e}")
+            if run.resume or (isinstance(e, MisfitError) and not _same_network(training.config, found.state["config"])):
+                raise error from e
+            pass_over(error)
+        if (older := newest_checkpoint(run.output_dir, before=found.path)) is None:
+            raise error
+        found = Found(*older)
+        if keep_total_batch(training.config, found.state, training.world) != training.config:
+            raise CheckpointError(f"{found.path}: has another total batch than the newest; pass it by --resume")
+
+
+def _same_network(config: Config, before: Mapping[str, Any]) -> bool:
+    """Whether the fields that decide which weights and moments there are say the same."""
+    now = config.to_fields()
+    names = set(now) - set(field_names(RunConfig)) | {"opt", "freeze", "layer_decay"}
+    return all(name in before and before[name] == now[name] for name in names)
 
 
 def check_agreement(training: Training, path: Path | None) -> None:

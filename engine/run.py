@@ -151,7 +151,7 @@ def _prepare(config: Config, world: World) -> tuple[Training, TrainLoader, EvalL
         load_checkpoint(model, run.finetune, run.model_key, allow_new_head=True)
     training = Training.build(model.to(world.device), config, world, len(train_loader))
     if found:
-        resume(training, found)
+        found = resume(training, found)
     path = found.path if found else None
     check_agreement(training, path)
     if run.tune:

@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..configs.schema import Config, ConfigError, RunConfig
-from ..models import CheckpointError, anneals, load_weights, plans, set_temperature
+from ..models import MisfitError, anneals, copy_weights, fit_weights, plans, set_temperature
 from ..models.tuning import recall, tuned_layers
 from .amp import grad_scaler
 from .distributed import World
 from .freeze import freeze_parameters
+from .moments import check_moments
 from .optim import build_optimizer, optimizer_state_for
 from .rng import generator_states, restore_generators, seed_generators
 from .schedule import Schedule
@@ -175,30 +176,41 @@ class Training:
         """Continue from a checkpoint; a moving average that it lacks starts from its weights.
 
         With another number of processes than it was written by, the total batch has to be the same. Each process then
-        draws from generators of its own; otherwise everything goes on as it would have.
+        draws from generators of its own; otherwise everything goes on as it would have. All is checked before anything
+        is changed.
+
+        Args:
+            state: What `state_dict` returned; it passed `check_state`.
 
         Raises:
-            CheckpointError: It belongs to another model or optimizer.
+            MisfitError: It belongs to another model, optimizer or data set.
+            CheckpointError: It is no state that this training could go on from.
         """
-        load_weights(self.model, state["model"], source="it belongs to another model")
+        weights = _fitted(self.model, state["model"], "its weights")
+        average = None
         if self.ema is not None:
-            load_weights(
-                self.ema.module, state.get("model_ema", state["model"]), source="its average belongs to another model"
-            )
+            average = _fitted(self.ema.module, state.get("model_ema", state["model"]), "its average")
         try:
             saved = optimizer_state_for(self.model, state["model"], state["optimizer"], self.run)
-            self.optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError, KeyError) as e:
-            raise CheckpointError(f"it belongs to another optimizer: {e}") from e
+            raise MisfitError(f"it belongs to another optimizer: {e}") from e
+        check_moments(self.optimizer, saved, self.run, updated=_has_updated(state))
+        steps = math.ceil(state["iteration"] / state["config"]["update_freq"])
+        whole = self.schedule.iterations_per_epoch
+        iteration = whole if state["iteration"] == state["iterations_per_epoch"] else steps * self.run.update_freq
+        if iteration > whole + self.run.update_freq - 1:
+            raise MisfitError(f"it belongs to other data: {iteration} iterations are done in an epoch of {whole}")
+        copy_weights(self.model, weights, "its weights")
+        if self.ema is not None and average is not None:
+            copy_weights(self.ema.module, average, "its average")
+        self.optimizer.load_state_dict(saved)
         if self.run.tune:
             recall(state.get("tuned", {}))
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best = state["epoch"] + 1, dict(state["best"])
         self.skipped, self.bad_steps = state["skipped"], state["bad_steps"]
-        steps = math.ceil(state["iteration"] / state["config"]["update_freq"])
-        whole = state["iteration"] == state["iterations_per_epoch"]
-        self.iteration = self.schedule.iterations_per_epoch if whole else steps * self.run.update_freq
+        self.iteration = iteration
         if self.iteration:
             self._restore_process(state["processes"])
         self.set_temperature()
@@ -211,6 +223,21 @@ class Training:
             self.losses.copy_(torch.tensor(mine["losses"], dtype=torch.float64))
         elif self.world.is_main:
             self.losses.copy_(torch.tensor([p["losses"] for p in processes], dtype=torch.float64).sum(0))
+
+
+def _fitted(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    try:
+        return fit_weights(model, weights, source=source).state
+    except MisfitError as e:
+        raise MisfitError(f"it belongs to another model: {e}") from e
+
+
+def _has_updated(state: dict[str, Any]) -> bool:
+    """Whether a step before a checkpoint has changed the weights: one whose loss and scaled gradients were finite."""
+    scaler = state["scaler"]
+    if not scaler:
+        return state["step"] > state["bad_steps"]
+    return scaler["scale"] > torch.amp.GradScaler("cpu").get_scale() * scaler["backoff_factor"] ** state["step"]
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:

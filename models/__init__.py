@@ -4,14 +4,13 @@ from ..configs.schema import ConfigError, ModelConfig, limited
 from .build import build_model, create_model, find_preset
 from .checkpoints import (
     DEFAULT_KEY,
+    KEPT_FOR,
     CheckpointError,
+    MisfitError,
+    check_entries,
+    check_file,
     find_state_dict,
-    load_checkpoint,
-    load_content,
-    load_weights,
     read_checkpoint,
-    to_upstream,
-    translations,
 )
 from .convert import (
     anneals,
@@ -26,16 +25,29 @@ from .convert import (
     sharing_groups,
     temperatures,
 )
+from .loading import (
+    check_values,
+    copy_weights,
+    fit_weights,
+    load_checkpoint,
+    load_content,
+    load_weights,
+    to_upstream,
+    translations,
+)
 from .merge import merge_
 from .operators import SCHEMAS, get_operator, operator_names, read_config, register
 from .ops.api import Anneal, DynamicLayer, Operator, OperatorConfig, Preset, Report
 from .ops.tied import Tied
 from .plan import ConversionPlan, LayerPlan
+from .seal import seal
 from .sites import Site, Sites
 from .tuning import tune
+from .values import cannot_hold, is_finite
 
 __all__ = [
     "DEFAULT_KEY",
+    "KEPT_FOR",
     "SCHEMAS",
     "Anneal",
     "CheckpointError",
@@ -43,6 +55,7 @@ __all__ = [
     "ConversionPlan",
     "DynamicLayer",
     "LayerPlan",
+    "MisfitError",
     "ModelConfig",
     "Operator",
     "OperatorConfig",
@@ -53,12 +66,19 @@ __all__ = [
     "Tied",
     "anneals",
     "build_model",
+    "cannot_hold",
+    "check_entries",
+    "check_file",
+    "check_values",
     "convert_",
+    "copy_weights",
     "create_model",
     "dynamic_layers",
     "find_preset",
     "find_state_dict",
+    "fit_weights",
     "get_operator",
+    "is_finite",
     "limited",
     "load_checkpoint",
     "load_content",
@@ -70,6 +90,7 @@ __all__ = [
     "read_checkpoint",
     "read_config",
     "register",
+    "seal",
     "set_implementation",
     "set_temperature",
     "shared_labels",

@@ -1,26 +1,32 @@
-"""Reading any checkpoint safely into a model, ours and upstream's, and writing our weights for upstream."""
+"""Reading any checkpoint safely: whole, as it was written, without running anything in it; and finding its weights."""
 
 import argparse
+import json
 import pickle
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .convert import dynamic_layers, plans, set_temperature, sharing
-from .operators import get_operator
-from .translation import Translation, canonical_names, original_translation
+from .seal import find_damage
 
 # Where ours and upstream's, older ones, and timm's checkpoints keep their weights.
 DEFAULT_KEY = "model|module|state_dict"
-TEMPERATURE = ".temperature.value"  # how the names of temperatures end in a state dict
+KEPT_FOR = "kept_for"  # the entry by which a file names the weights that it was kept for
+SHOWN = 4  # entries that an error names
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, and what was found."""
+
+
+class MisfitError(CheckpointError):
+    """A checkpoint that may be good, and belongs to another network or another training."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -29,13 +35,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Beside tensors and plain values only `argparse.Namespace` is admitted, in which upstream keeps its arguments.
 
     Raises:
-        CheckpointError: No such file, a damaged one, or one that holds other objects.
+        CheckpointError: No such file, a damaged one, or one that holds other objects. `find_damage` says what damage
+            is seen in which files.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
+            _check_header(path)
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -43,160 +50,105 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(e).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise CheckpointError(f"{path}: not read, since it is damaged or could run code: {reason}") from e
     except Exception as e:  # a damaged file may make an unpickler raise anything
-        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one: {e!r}") from e
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one: {_one_line(e)}") from e
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
     return dict(content)
 
 
-def find_state_dict(content: Mapping[str, Any], key: str, source: str) -> dict[str, Tensor]:
+def check_file(path: str | Path) -> None:
+    """Make sure that a checkpoint is there, can be read, and is as it was written, as far as its format shows that.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: is not a file")
+        damage = None if path.suffix == ".safetensors" else find_damage(path)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: no such checkpoint") from e
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
+    if damage is not None:
+        raise CheckpointError(f"{path}: damaged: {damage}")
+
+
+def find_state_dict(content: Mapping[str, Any], key: str | None, source: str) -> dict[str, Tensor]:
     """Find the weights in what `read_checkpoint` returned.
 
     Args:
         content: A bare state dict, or a dictionary that holds one.
-        key: Its entry there; several may be given in order of preference, separated by "|".
+        key: Its entry there; several may be given in order of preference, separated by "|". None takes the weights
+            that the file says it was kept for, and in files that do not say that, `DEFAULT_KEY`.
         source: The file's name for errors.
 
     Raises:
-        CheckpointError: No such entry.
+        CheckpointError: No such entry, or one that holds something else than dense tensors under their names.
     """
+    if key is None:
+        key = content.get(KEPT_FOR, DEFAULT_KEY)
+        if not isinstance(key, str):
+            raise CheckpointError(f"{source}: '{KEPT_FOR}' is {_kind(key)}, not the name of an entry")
     keys = key.split("|")
-    if content and all(isinstance(v, Tensor) for v in content.values()) and "model" in keys:
-        state = content
-    else:
-        names = [k for k in keys if isinstance(content.get(k), Mapping)]
-        if not names:
-            entries = ", ".join([str(k) for k in content][:10]) + (", …" if len(content) > 10 else "")
-            raise CheckpointError(f"{source}: no weights under '{key}'; the entries are {entries}")
-        state = content[names[0]]
+    names = [k for k in keys if isinstance(content.get(k), Mapping)]
+    bare = not names and "model" in keys and any(isinstance(v, Tensor) for v in content.values())
+    if not names and not bare:
+        entries = ", ".join([str(k) for k in content][:10]) + (", …" if len(content) > 10 else "")
+        raise CheckpointError(f"{source}: no weights under '{key}'; the entries are {entries}")
+    state = content if bare else content[names[0]]
+    check_entries(state, source if bare else f"{source}: '{names[0]}'")
     strip = len("module.") if all(k.startswith("module.") for k in state) else 0
     return {k[strip:]: v for k, v in state.items()}
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | Path, key: str = DEFAULT_KEY, *, allow_new_head: bool = False
-) -> tuple[str, ...]:
-    """Load weights into `model`, recognising the format: ours, upstream's, a bare state dict, or safetensors.
-
-    Args:
-        model: The network that the weights were made for.
-        path: The file.
-        key: Entry that holds the weights, such as "model_ema"; several, separated by "|", in order of preference.
-        allow_new_head: Leave a classifier of another shape at its initialisation.
-
-    Returns:
-        Names of the parameters and buffers that were left at their initialisation: the new classifier's, or none.
+def check_entries(state: Mapping[Any, Any], source: str) -> None:
+    """Make sure that a state dict holds nothing but dense tensors with values, under their names.
 
     Raises:
-        CheckpointError: An unreadable file, or weights that do not fit, with all differences; the model is then
-            unchanged.
+        CheckpointError: It does not; the message is one line that begins with `source`.
     """
-    return load_content(model, read_checkpoint(path), key, source=str(path), allow_new_head=allow_new_head)
+    wrong = [f"{k!r} is {reason}" for k, v in state.items() if (reason := _unusable(k, v)) is not None]
+    if wrong:
+        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise CheckpointError(f"{source}: not a dictionary of weights: {', '.join(wrong[:SHOWN])}{more}")
 
 
-def load_content(
-    model: nn.Module, content: Mapping[str, Any], key: str = DEFAULT_KEY, *, source: str, allow_new_head: bool = False
-) -> tuple[str, ...]:
-    """`load_checkpoint` for what `read_checkpoint` returned; `source` names the file in errors."""
-    state = find_state_dict(content, key, source)
-    new = load_weights(model, state, source=source, allow_new_head=allow_new_head)
-    # Older checkpoints of a training have the temperature beside the weights, newer ones among them.
-    before = content.get("temperature")
-    if isinstance(before, float) and not any(k.endswith(TEMPERATURE) for k in state):
-        set_temperature(model, before)
-    return new
+def _unusable(key: object, value: object) -> str | None:
+    """Why an entry is no weight, None where it is one."""
+    if not isinstance(key, str):
+        return f"a key of type {type(key).__name__}, not a name"
+    if not isinstance(value, Tensor):
+        return f"{_kind(value)}, not a tensor"
+    if is_lazy(value):
+        return "a parameter without a shape"
+    kinds = {
+        "a nested tensor": value.is_nested,
+        f"a sparse tensor ({value.layout})": value.layout != torch.strided,
+        "a quantized tensor": value.is_quantized,
+        "a tensor on meta, which has no values": value.is_meta,
+    }
+    return next((kind for kind, is_it in kinds.items() if is_it), None)
 
 
-def load_weights(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    source: str = "weights",
-    allow_new_head: bool = False,
-    known: Sequence[Translation] | None = None,
-) -> tuple[str, ...]:
-    """`load_checkpoint` for a state dict that was read before.
-
-    Args:
-        model: As there.
-        state: The weights.
-        source: What to call them in errors.
-        allow_new_head: As there.
-        known: The `translations` of the network before parts of it were removed; None for those of `model`.
-    """
-    target = model.state_dict()
-    for translation in translations(model) if known is None else known:
-        if translation.recognises(state):
-            state = translation.from_authors(state)
-            break
-    try:
-        state = canonical_names(model, state)
-    except ValueError as e:
-        raise CheckpointError(f"{source}: {e}") from e
-    state = {k: _fit(v, target[k]) if k in target else v for k, v in state.items()}
-    head = _head_prefixes(model)
-    wrong = _differences(state, target, _optional(model))
-    only_head = all(k.startswith(head) for k, _ in wrong)
-    if wrong and not (allow_new_head and only_head):
-        lines = [text for _, text in wrong[:20]]
-        if len(wrong) > len(lines):
-            lines.append(f"… and {len(wrong) - len(lines)} more")
-        if only_head:
-            lines.append(
-                "Only the classifier differs; fine-tuning can start a new one: --finetune, allow_new_head=True"
-            )
-        raise CheckpointError("\n  ".join([f"{source}: the weights do not fit this {type(model).__name__}:", *lines]))
-    new_head = tuple(k for k in target if k.startswith(head)) if wrong else ()
-    kept = {k: v for k, v in state.items() if not (wrong and k.startswith(head))}
-    model.load_state_dict({**kept, **{k: target[k] for k in new_head}})
-    return new_head
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
-def translations(model: nn.Module) -> list[Translation]:
-    """What other names a network's weights are known under: of its operators' authors, or of its original code."""
-    found = [get_operator(plan.operator).translation(model, plan) for plan in plans(model)]
-    return found or [original_translation(model)]
+def _check_header(path: Path) -> None:
+    """Refuse a file of safetensors that names a tensor twice; readers differ in which they take."""
+    with path.open("rb") as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), 10**8))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("it has two entries of one name")
+        return found
+
+    json.loads(header, object_pairs_hook=unique)
 
 
-def to_upstream(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights with the names and in the layouts of the authors' code."""
-    return translations(model)[0].to_authors(model.state_dict())
-
-
-def _fit(value: Tensor, target: Tensor) -> Tensor:
-    """Reshape a tensor whose shape differs by ones at its end only, as that of a 1×1 kernel kept as a matrix."""
-    sizes, wanted = list(value.shape), list(target.shape)
-    short, long = sorted((sizes, wanted), key=len)
-    return value.reshape(target.shape) if long == short + [1] * (len(long) - len(short)) else value
-
-
-def _optional(model: nn.Module) -> set[str]:
-    """Entries of the state dict that a file may lack."""
-    shared = {layer.temperature for layer in dynamic_layers(model).values()} - {None}
-    return {f"{name}.value" for name, m in model.named_modules() if m in shared}
-
-
-def _differences(
-    state: Mapping[str, Tensor], target: Mapping[str, Tensor], optional: set[str]
-) -> list[tuple[str, str]]:
-    """Each key that does not fit, and what is wrong with it."""
-    missing = [(k, f"missing: {k} {tuple(v.shape)}") for k, v in target.items() if k not in state and k not in optional]
-    unexpected = [(k, f"unexpected: {k} {tuple(v.shape)}") for k, v in state.items() if k not in target]
-    shapes = [
-        (k, f"shape: {k} is {tuple(state[k].shape)} in the file, {tuple(v.shape)} in the model")
-        for k, v in target.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    return missing + unexpected + shapes
-
-
-def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the keys that belong to the classifier, with the cells that it alone uses."""
-    if not hasattr(model, "get_classifier"):
-        return ()
-    network: Any = model
-    classifiers = network.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    heads = [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
-    cells = [shared for shared, users in sharing(model).items() if all(user in heads for user in users)]
-    return (*(f"{name}." for name in heads), *cells)
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -29,7 +29,7 @@ from kernelwarehouse.models import (
     CheckpointError,
     build_model,
     dynamic_layers,
-    load_checkpoint,
+    load_content,
     plans,
     read_checkpoint,
     read_config,
@@ -64,18 +64,18 @@ class LayerAttention:
         return (deviation / self.coefficients.abs().mean().clamp(min=1e-12)).item()
 
 
-def load(checkpoint: Path, key: str) -> tuple[nn.Module, Config]:
+def load(checkpoint: Path, key: str | None) -> tuple[nn.Module, Config]:
     """Return the network of a checkpoint of ours, for evaluation, and the configuration that it was trained by.
 
     Raises:
         CheckpointError: It cannot be read, holds no configuration, or a static network.
     """
     content = read_checkpoint(checkpoint)
-    if "config" not in content:
+    if not isinstance(content.get("config"), dict):
         raise CheckpointError(f"{checkpoint}: holds no configuration; checkpoints of main.py do")
     config = read_config(content["config"])
     model = build_model(config.model, pretrained=False)
-    load_checkpoint(model, checkpoint, key)
+    load_content(model, content, key, source=str(checkpoint))
     if not any(hasattr(layer, "attention") for layer in dynamic_layers(model).values()):
         raise CheckpointError(f"{checkpoint}: {config.model.model} has no attention over what layers share")
     return model.eval(), config
@@ -164,7 +164,11 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--output", type=Path, default=Path("attention.png"), metavar="FILE", help="picture to write")
-    parser.add_argument("--model_key", default="model", metavar="KEY", help="model, or model_ema for the average")
+    parser.add_argument(
+        "--model_key",
+        metavar="KEY",
+        help="model, or model_ema for the average; default: what the file was kept for, else the model",
+    )
     arguments = parser.parse_args()
     try:
         check_picture("--output", arguments.output)

@@ -82,7 +82,8 @@ class RunConfig(Fields):
         resume: Checkpoint to continue from, or to evaluate with eval.
         finetune: Checkpoint whose weights to start from; a classifier of another size is replaced.
         model_key: Entry of a checkpoint that holds the weights, model_ema for their moving average; of several,
-            separated by |, the first there is.
+            separated by |, the first there is. Default: those that the file was kept for, the average in
+            checkpoint-best-ema.pth, else model|module|state_dict.
         eval: Evaluate only.
         eval_sizes: Sides of the images in pixels to evaluate at, one after the other; default: input_size.
         eval_labels: JSON file of other labels for evaluation: for each image, in the order of sorted file names, the
@@ -161,7 +162,7 @@ class RunConfig(Fields):
     auto_resume: bool = True
     resume: str = ""
     finetune: str = ""
-    model_key: str = "model|module|state_dict"
+    model_key: str | None = None
     eval: bool = False
     eval_sizes: tuple[int, ...] = limited((), low=1)
     eval_labels: str = ""

@@ -175,5 +175,5 @@ def test_a_damaged_or_missing_file_is_named(content, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.pth: no such checkpoint"):
         CheckpointLoader.load_checkpoint(str(path))
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pth: not read"):
+    with pytest.raises(CheckpointError, match=r"model\.pth: (not read|damaged)"):
         CheckpointLoader.load_checkpoint(str(path))

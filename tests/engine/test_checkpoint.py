@@ -8,19 +8,38 @@ import pytest
 import torch
 
 from kernelwarehouse.engine.checkpoint import newest_checkpoint, prune_checkpoints, read_state, save_checkpoint
+from kernelwarehouse.engine.rng import generator_states
 from kernelwarehouse.models import CheckpointError
 
-STATE = {
-    "model": {"w": torch.arange(1000.0)},
-    "optimizer": {},
-    "scaler": {},
-    "epoch": 3,
-    "iteration": 0,
-    "processes": [],
-    "best": {"model": 97.5},
-    "temperature": 0.5,
-    "config": {"model": "resnet18", "opt_betas": (0.9, 0.999), "clip_grad": None},
-}
+GROUP = {"params": [0], "lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.0, "decays": False}
+
+
+def state_after(epoch):
+    """A state after that epoch, counted from 0, of two steps each."""
+    return {
+        "model": {"w": torch.arange(1000.0)},
+        "optimizer": {"state": {}, "param_groups": [GROUP]},
+        "scaler": {},
+        "epoch": epoch,
+        "iteration": 0,
+        "iterations_per_epoch": 2,
+        "step": 2 * (epoch + 1),
+        "skipped": 0,
+        "bad_steps": 0,
+        "processes": [{"generators": generator_states(), "losses": [0.0, 0.0]}],
+        "best": {"model": 97.5},
+        "temperature": 0.5,
+        "config": {
+            "model": "resnet18",
+            "opt_betas": (0.9, 0.999),
+            "clip_grad": None,
+            "batch_size": 8,
+            "update_freq": 1,
+        },
+    }
+
+
+STATE = state_after(3)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -28,7 +47,9 @@ def test_what_is_written_is_read(tmp_path):
     save_checkpoint(path, STATE)
     state = read_state(path)
     torch.testing.assert_close(state.pop("model"), STATE["model"])
-    assert state == {k: v for k, v in STATE.items() if k != "model"}
+    generators = state.pop("processes")[0]["generators"]
+    assert torch.equal(generators["torch"], STATE["processes"][0]["generators"]["torch"])
+    assert state == {k: v for k, v in STATE.items() if k not in ("model", "processes")}
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -41,7 +62,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, STATE | {"epoch": 4})
+        save_checkpoint(path, state_after(4))
     assert read_state(path)["epoch"] == 3
     assert os.listdir(tmp_path) == [path.name]
 
@@ -69,7 +90,7 @@ def test_a_file_limit_reached_while_writing_leaves_the_old_checkpoint(tmp_path):
 
 def save_numbered(folder, epochs):
     for epoch in epochs:
-        save_checkpoint(folder / f"checkpoint-{epoch}.pth", STATE | {"epoch": epoch})
+        save_checkpoint(folder / f"checkpoint-{epoch}.pth", state_after(epoch))
 
 
 def truncate(path):
@@ -87,7 +108,11 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty])
+def hold_a_bad_state(path):
+    save_checkpoint(path, STATE | {"epoch": 11})
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit_of_a_weight, empty, hold_a_bad_state])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
     save_numbered(tmp_path, [8, 9, 10])
     damage(tmp_path / "checkpoint-10.pth")
@@ -138,5 +163,5 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, write):
 
 def test_a_file_of_weights_alone_is_no_state_to_continue_from(tmp_path):
     torch.save(STATE["model"], tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match=r"no best, config.*--finetune"):
+    with pytest.raises(CheckpointError, match=r"no bad_steps, best, config.*--finetune"):
         read_state(tmp_path / "weights.pth")

@@ -61,7 +61,7 @@ def test_golden_logits(path, tmp_path):
     "path", ["configs/mobilenetv2_050/kw1d2x_mobilenetv2_050.json", "configs/convnext/kw1x_convnext_tiny.json"]
 )
 def test_written_for_upstream_and_read_back(path):
-    from kernelwarehouse.models.checkpoints import load_weights
+    from kernelwarehouse.models import load_weights
 
     model, twin = build_model(path), build_model(path)
     load_weights(twin, to_upstream(model))
