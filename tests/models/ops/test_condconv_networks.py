@@ -15,6 +15,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from kernelwarehouse import CondConvConfig, convert_, merge_, plan_conversion, plans, sharing_groups, tune
+from kernelwarehouse.detection.backbone import KWBackbone
 from kernelwarehouse.models import (
     ConversionPlan,
     create_model,
@@ -196,6 +197,18 @@ def test_what_shares_is_wrapped_and_frozen_together():
     net = convert_(static, CONFIGS["block"])
     assert not any(p.requires_grad for p in net.layer4.parameters())
     assert net.layer3[0].routing_fn.weight.requires_grad
+
+
+def test_a_detectors_backbone():
+    """It drops the classifier; its frozen stages freeze the routings of their blocks."""
+    fields = {"routing": "block", "include": [r"layer\d.*"], "experts": 2}
+    config = {"model": "cond_resnet18", "model_kwargs": {"channels": [8, 8, 16, 16]}, **fields}
+    backbone = KWBackbone(config=config, frozen_stages=1)
+    x = torch.randn(2, 3, 64, 64)
+    assert [tuple(y.shape[1:]) for y in backbone(x)] == [(8, 16, 16), (8, 8, 8), (16, 4, 4), (16, 2, 2)]
+    frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
+    assert any("layer1.0.routing_fn" in name for name in frozen)
+    assert not any("layer2" in name for name in frozen)
 
 
 def test_timms_checkpoints_are_read_and_written():
