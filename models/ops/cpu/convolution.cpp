@@ -66,7 +66,10 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* bank, cons
               const Int count = std::min(together, last - first);
               mix(p, alpha, bank, first, count, row, rows, channel, channels, mixed.data, size);
               for (Int unit = first; unit < first + count; unit += side) {
-                for (Int block = 0; block < side; block++)
+                if (p.expert_parts)  // whose rows hold channels and taps side by side
+                  transpose<T>(rows, channels * parts, mixed.data + (unit - first) * parts * size, channels * parts,
+                               turned.data, row_length, row_length);
+                for (Int block = 0; block < side && !p.expert_parts; block++)
                   for (Int part = 0; part < parts; part++)
                     transpose<T>(rows, channels, mixed.data + ((unit + block - first) * parts + part) * size, channels,
                                  turned.data + part * turned_size + block * rows, row_length,
@@ -74,7 +77,8 @@ void convolve(const Problem& p, Int threads, const T* alpha, const T* bank, cons
                 const Int sample = unit / p.blocks_out;
                 const Pixels<T> pixels = {x + sample * p.image_in() + channel, p.channels_in(), p.blocks_in, channels,
                                           p.cin};
-                const Kernels<T> kernels = {turned.data, columns, row_length, p.blocks_in * turned_size, turned_size};
+                Kernels<T> kernels = {turned.data, columns, row_length, p.blocks_in * turned_size, turned_size};
+                if (p.expert_parts) kernels = {turned.data, columns, parts * row_length, row_length, 0};
                 apply<T>(lines, span, pixels, kernels, y + sample * p.image_out() + unit % p.blocks_out * p.cout + row,
                          p.channels_out(), channel > 0 ? ADD : WRITE, terms.data);
               }

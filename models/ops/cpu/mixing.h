@@ -52,9 +52,57 @@ void mix_own(const Problem& p, const T* alpha, const T* bank, Int unit, Int coun
     }
 }
 
+// One row of a kernel, `columns` values, of n experts' rows `step` apart; the coefficients (n, period) repeat.
+template <typename T>
+void mix_row(Int columns, Int n, Int step, Int period, const T* alpha, const T* experts, T* out) {
+  for (Int from = 0, at = 0; from < columns; from += LANES<T>, at = at + LANES<T> < period ? at + LANES<T> : 0) {
+    const T *a = alpha + at, *e = experts + from;
+    if (from + LANES<T> <= columns) {
+      auto sum = load<LANES<T>>(a) * load<LANES<T>>(e);
+      for (Int k = 1; k < n; k++) sum += load<LANES<T>>(a + k * period) * load<LANES<T>>(e + k * step);
+      store(out + from, sum);
+    } else {
+      for (Int i = 0; i < columns - from; i++) {
+        T sum{};
+        for (Int k = 0; k < n; k++) sum += a[k * period + i] * e[k * step + i];
+        out[from + i] = sum;
+      }
+    }
+  }
+}
+
+// The same where the bank is n whole kernels, the experts (n, rows, cin, taps), and α is one for each of them, or one
+// for each tap too. Kernels (count, rows, channels, taps) are `taps · size` apart.
+template <typename T>
+void mix_experts(const Problem& p, const T* alpha, const T* bank, Int unit, Int count, Int row, Int rows, Int channel,
+                 Int channels, T* out, Int size) {
+  const Int taps = p.parts(), columns = channels * taps, step = p.cout * p.cin * taps, period = taps * LANES<T>;
+  const T* first = bank + (row * p.cin + channel) * taps;
+  if (p.expert_parts == 1) {
+    const Left<T> a = {alpha + unit * p.cells, p.cells, 1};
+    for (Int r = 0; r < rows; r++, first += p.cin * taps, out += columns)
+      for (Int from = 0; from < columns; from += STRIP<T>) {
+        const Int strip = std::min(STRIP<T>, columns - from);
+        const T* next = from + strip < columns ? first + from + strip : first + p.cin * taps;
+        multiply<T>(count, strip, p.cells, a, {first + from, step}, out + from, taps * size, WRITE,
+                    {next, p.cells, step, strip});
+      }
+    return;
+  }
+  Buffer<T> repeated(count * p.cells * period);
+  for (Int i = 0; i < count; i++)
+    for (Int k = 0; k < p.cells; k++)
+      for (Int j = 0; j < period; j++)
+        repeated[(i * p.cells + k) * period + j] = alpha[((unit + i) * taps + j % taps) * p.cells + k];
+  for (Int r = 0; r < rows; r++, first += p.cin * taps, out += columns)
+    for (Int i = 0; i < count; i++)
+      mix_row<T>(columns, p.cells, step, period, &repeated[i * p.cells * period], first, out + i * taps * size);
+}
+
 template <typename T>
 void mix(const Problem& p, const T* alpha, const T* bank, Int unit, Int count, Int row, Int rows, Int channel,
          Int channels, T* out, Int size) {
+  if (p.expert_parts) return mix_experts<T>(p, alpha, bank, unit, count, row, rows, channel, channels, out, size);
   (p.row_blocks ? mix_own<T> : mix_shared<T>)(p, alpha, bank, unit, count, row, rows, channel, channels, out, size);
 }
 

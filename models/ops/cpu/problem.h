@@ -13,6 +13,7 @@ struct Problem {
   Int batch, blocks_out, blocks_in, cells, cout, cin;
   Int input[3], output[3], taps[3], stride[3], padding[3], dilation[3];
   Int row_blocks;  // 0 where all parts share a bank; else each has its own, and α this many blocks of rows
+  Int expert_parts;  // 0, or parts of α, 1 or one for each tap, where the bank is whole kernels (cells, cout, cin, taps)
 
   Int units() const { return batch * blocks_out; }
   Int parts() const { return taps[0] * taps[1] * taps[2] * blocks_in; }

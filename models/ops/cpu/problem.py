@@ -38,6 +38,7 @@ def problem(
     output_size: Sequence[int],
     window: Sequence[int],
     row_blocks: int = 0,
+    expert_parts: int = 0,
 ) -> ctypes.Array[ctypes.c_int64]:
     """Lay out the sizes for an operator.
 
@@ -47,16 +48,21 @@ def problem(
         output_size: One entry for each spatial dimension.
         window: Of `window_of`.
         row_blocks: Blocks of output channels of α where each part has a bank of its own; 0 where all share one.
+        expert_parts: Parts of α where the bank is whole kernels in torch's order: 1, or one for each tap; 0 elsewhere.
     """
-    return _laid_out(tuple(counts), tuple(input_size), tuple(output_size), tuple(window), row_blocks)
+    return _laid_out(tuple(counts), tuple(input_size), tuple(output_size), tuple(window), (row_blocks, expert_parts))
 
 
 @functools.lru_cache(1024)
 def _laid_out(
-    counts: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], window: tuple[int, ...], row_blocks: int
+    counts: tuple[int, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    window: tuple[int, ...],
+    bank: tuple[int, int],
 ) -> ctypes.Array[ctypes.c_int64]:
     if window == (1,) * 6 + (0,) * 3 + (1,) * 3:  # all pixels are alike
         inputs = outputs = (math.prod(outputs),)
     missing = (1,) * (3 - len(inputs))
-    values = [*counts, *missing, *inputs, *missing, *outputs, *window, row_blocks]
+    values = [*counts, *missing, *inputs, *missing, *outputs, *window, *bank]
     return (ctypes.c_int64 * len(values))(*values)

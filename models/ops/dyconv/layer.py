@@ -49,9 +49,9 @@ class DYAttention(nn.Module):
             nn.init.kaiming_normal_(fc.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc2.bias)
 
-    def forward(self, x: Tensor, temperature: Tensor | None) -> Tensor:
-        """(B, C, *spatial) and τ, a scalar tensor, or None for 1 → π (B, K)."""
-        z = self.fc2(F.relu(self.fc1(x.flatten(2).mean(2))))
+    def forward(self, pooled: Tensor, temperature: Tensor | None) -> Tensor:
+        """The means (B, C) of images and τ, a scalar tensor, or None for 1 → π (B, K)."""
+        z = self.fc2(F.relu(self.fc1(pooled)))
         return torch.softmax(z if temperature is None else z / temperature.to(z.dtype), 1)
 
 
@@ -100,7 +100,7 @@ class DYConvNd(ExpertsConv):
 
     def mixing(self, x: Tensor) -> Mixing:
         """As the base class."""
-        return Mixing(self.attention(x, None if self.temperature is None else self.tau).unsqueeze(1))
+        return Mixing(self.attention(self.pooled(x), None if self.temperature is None else self.tau).unsqueeze(1))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -21,10 +21,10 @@ def reference(layer: DYConvNd, x: Tensor) -> Tensor:
     samples = []
     for sample in x:
         pi = attention(layer, sample)
-        kernel = sum(p * w for p, w in zip(pi, layer.weight, strict=True))
+        kernel = torch.stack([p * w for p, w in zip(pi, layer.weight, strict=True)]).sum(0)
         y = static_conv(sample[None], kernel, layer.geometry)[0]
         if layer.bias is not None:
-            bias = sum(p * b for p, b in zip(pi, layer.bias, strict=True))
+            bias = torch.stack([p * b for p, b in zip(pi, layer.bias, strict=True)]).sum(0)
             y = y + bias.reshape(-1, *(1,) * layer.dims)
         samples.append(y)
     return torch.stack(samples)

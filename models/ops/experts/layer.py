@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..api import DynamicLayer
+from ..context import exporting
 from ..geometry import Geometry, Padding
 from ..images import add_bias, scaled
+from ..means import mean
 from ..mixture_conv import IMPLEMENTATIONS, MixtureConv, Partition, Signature, mix, mixture_conv, signature_of
 from ..mixture_conv.mixing import is_shared
 from ..per_sample_conv import static_conv
@@ -121,9 +123,15 @@ class ExpertsConv(DynamicLayer):
         if alpha is None and self.implementation == "auto":
             y = static_conv(scaled(x, in_scale), self.weight[0], self.geometry)
             return add_bias(scaled(y, out_scale), self._bias(None))
-        alpha = x.new_ones(len(x), self.partition.mixtures, 1) if alpha is None else alpha
+        alpha = x.new_ones(x.shape[0], self.partition.mixtures, 1) if alpha is None else alpha
         convolution = self.partition, self.geometry, self._bias(alpha), in_scale, out_scale
         return mixture_conv(x, alpha, self.weight, *convolution, self.implementation)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The means of x over space, (B, Cin), by torch's operators where those are asked for or a graph is made."""
+        if exporting() or IMPLEMENTATIONS.get(self.implementation, IMPLEMENTATIONS["cpp"]).operators == "torch":
+            return x.flatten(2).mean(dim=2)
+        return mean(x)
 
     def _bias(self, alpha: Tensor | None) -> Tensor | None:
         """(B, Cout), or (Cout,) where it is the same for all samples."""
@@ -134,13 +142,13 @@ class ExpertsConv(DynamicLayer):
     def kernels(self, x: Tensor) -> Tensor:
         """The kernels (B, Cout, Cin/groups, *k) for the input x (B, Cin, *spatial), with all that scales them."""
         alpha, in_scale, out_scale = self.mixing(x)
-        alpha = x.new_ones(len(x), self.partition.mixtures, 1) if alpha is None else alpha
+        alpha = x.new_ones(x.shape[0], self.partition.mixtures, 1) if alpha is None else alpha
         kernels = mix(alpha, self.weight, self.partition)
         if out_scale is not None:
             kernels = kernels * out_scale.reshape(*out_scale.shape, *(1,) * (self.dims + 1))
         if in_scale is not None:
             share = self.out_channels // self.groups
-            of_group = in_scale.reshape(len(x), self.groups, 1, -1).expand(-1, -1, share, -1)
+            of_group = in_scale.reshape(x.shape[0], self.groups, 1, -1).expand(-1, -1, share, -1)
             kernels = kernels * of_group.reshape(*kernels.shape[:3], *(1,) * self.dims)
         return kernels
 

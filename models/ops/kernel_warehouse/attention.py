@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cpu import unavailable
+from ..means import mean
 from ..norms import normalised
 from ..per_sample_conv import triton_conv
-from .coefficients import ATTENTION, COEFFICIENTS, coefficients, mean
+from .coefficients import ATTENTION, COEFFICIENTS, coefficients
 from .watched import BatchNorm1d, LayerNorm, Linear, Watched, is_untouched
 
 LEAST_HIDDEN = 16

@@ -1,16 +1,15 @@
-"""Means, and coefficients of mixtures, as operators: in C++ on a CPU, by Triton on a GPU."""
+"""Coefficients of mixtures as operators: in C++ on a CPU, by Triton on a GPU."""
 
 import ctypes
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cpu import call, in_either_layout, in_memory, operator, unavailable
+from ..cpu import call, in_either_layout, in_memory, operator
 from ..derivatives import Function
+from ..means import attention_sizes
 
 EPSILON = 1e-3
 
@@ -33,23 +32,6 @@ def coefficients(z: Tensor, assignment: Tensor, temperature: Tensor) -> Tensor:
 def total(z: Tensor) -> Tensor:
     """Σ|z| over n + 1 logits, in fp32 at least: (B, m, n + 1) → (B, m, 1)."""
     return torch.linalg.vector_norm(z, 1, dim=2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32))
-
-
-class _Mean(Function):
-    """The means of images (B, C, *spatial) over space, (B, C), in C++."""
-
-    name = "cpp"
-    fast = True
-
-    def compute(self, _arguments: Any, x: Tensor) -> Tensor:
-        return x.flatten(2).mean(dim=2)
-
-    def forward(self, _arguments: Any, x: Tensor) -> Tensor:
-        return mean_operator(x)
-
-    def gradients(self, _arguments: Any, grad: Tensor, _needs: Sequence[bool], x: Tensor) -> tuple[Tensor]:
-        each = (grad / x.shape[2:].numel()).reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
-        return (each.expand(x.shape),)
 
 
 class _Coefficients(Function):
@@ -104,25 +86,7 @@ class _Attention(Function):
         return attention_operator(x, parameters, arguments)
 
 
-MEAN, COEFFICIENTS, ATTENTION = _Mean(), _Coefficients(), _Attention()
-
-
-def mean(x: Tensor) -> Tensor:
-    """The means of images (B, C, *spatial) over space, (B, C), with C++ where that can run."""
-    return x.flatten(2).mean(dim=2) if unavailable(x.device.type, x.dtype) else MEAN.apply(None, x)
-
-
-def _empty_means(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:2])
-
-
-@operator("mean", fake=_empty_means)
-def mean_operator(x: Tensor) -> Tensor:
-    """(B, C, *spatial) → (B, C)."""
-    means = _empty_means(x)
-    x, channels_last = in_either_layout(x)
-    call("mean", [_sizes(tuple(x.shape), channels_last)], (x, means))
-    return means
+COEFFICIENTS, ATTENTION = _Coefficients(), _Attention()
 
 
 def _empty_alpha(hidden: Tensor, _weight: Tensor, _bias: Tensor, assignment: Tensor, _temperature: Tensor) -> Tensor:
@@ -184,7 +148,7 @@ def _check_logits(weight: Tensor, bias: Tensor, width: int, assignment: Tensor) 
 
 
 def _hidden_sizes(hidden: Tensor, alpha: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    return _sizes((len(hidden), 1), True, hidden.shape[1], *alpha.shape[1:])
+    return attention_sizes((len(hidden), 1), True, hidden.shape[1], *alpha.shape[1:])
 
 
 def _empty_result(x: Tensor, parameters: Sequence[Any], _norm_eps: float) -> Tensor:
@@ -204,15 +168,6 @@ def attention_operator(x: Tensor, parameters: Sequence[Tensor | None], norm_eps:
     _check_logits(weight2, bias2, len(weight1), assignment)
     alpha = _empty_result(x, parameters, norm_eps)
     x, channels_last = in_either_layout(x)
-    sizes = _sizes(tuple(x.shape), channels_last, len(weight1), *alpha.shape[1:])
+    sizes = attention_sizes(tuple(x.shape), channels_last, len(weight1), *alpha.shape[1:])
     call("attention", (sizes, norm_eps, EPSILON), (x, *in_memory(parameters, x.dtype), alpha))
     return alpha
-
-
-@functools.lru_cache(1024)
-def _sizes(
-    shape: tuple[int, ...], channels_last: bool, width: int = 0, mixtures: int = 0, cells: int = 0
-) -> ctypes.Array[ctypes.c_int64]:
-    """`Attention` of attention.cpp, for images (B, C, *spatial)."""
-    values = shape[0], math.prod(shape[2:]), shape[1], int(channels_last), width, mixtures, cells
-    return (ctypes.c_int64 * len(values))(*values)

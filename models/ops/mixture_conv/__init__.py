@@ -74,8 +74,9 @@ def _check(x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geometr
             f"kernels {partition.kernel} in {geometry.groups} groups need an input (B, {channels}, "
             f"{len(geometry.stride)} sizes), found {tuple(x.shape)}"
         )
-    if tuple(alpha.shape[1:]) != (partition.mixtures, len(bank)) or len(alpha) != len(x):
+    batch = x.shape[0]  # which `len` would make a constant in a graph
+    if tuple(alpha.shape[1:]) != (partition.mixtures, len(bank)) or alpha.shape[0] != batch:
         raise ValueError(
-            f"α must be (B = {len(x)}, parts = {partition.mixtures}, terms = {len(bank)}), found {tuple(alpha.shape)}"
+            f"α must be (B = {batch}, parts = {partition.mixtures}, terms = {len(bank)}), found {tuple(alpha.shape)}"
         )
     return shared

@@ -26,6 +26,10 @@ def forward(x: Tensor, alpha: Tensor, bank: Tensor, partition: Partition, geomet
     """
     x, padding = geometry.split_padding(x)
     window = window_of(partition.kernel[2:], geometry, padding)
+    if partition.cell[:2] == partition.kernel[:2] == tuple(bank.shape[1:3]) and bank.is_contiguous():
+        whole = partition.cell == partition.kernel
+        if tuple(bank.shape[1:]) == partition.kernel and (whole or partition.by_positions):
+            return convolve_experts(alpha, bank, x, window)
     if is_shared(bank, partition):
         return convolve(by_output_blocks(alpha, partition), bank.transpose(0, 1), x, window, False)
     alpha, partition = at_every_position(alpha, partition)
@@ -68,6 +72,22 @@ def convolve(alpha: Tensor, rows: Tensor, x: Tensor, window: Sequence[int], own:
     y = _output(alpha, rows, x, window, own)
     values = room_for_pixels(y)
     call("convolve", [_problem(alpha, x, y, window, own)], (alpha.contiguous(), rows.contiguous(), pixels(x), values))
+    return from_pixels(values, y)
+
+
+def _output_of_experts(_alpha: Tensor, bank: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    return empty_images(x, bank.shape[1], output_size(x.shape[2:], window))
+
+
+@operator("mixture_conv_experts", fake=_output_of_experts)
+def convolve_experts(alpha: Tensor, bank: Tensor, x: Tensor, window: Sequence[int]) -> Tensor:
+    """Of α (B, 1 or a part for each position, n) and n whole kernels (n, Cout, Cin, *k), contiguous."""
+    y = _output_of_experts(alpha, bank, x, window)
+    values = room_for_pixels(y)
+    batch, parts, n = alpha.shape
+    counts = batch, 1, 1, n, y.shape[1], x.shape[1]
+    sizes = problem(counts, x.shape[2:], y.shape[2:], window, 1, parts)
+    call("convolve", [sizes], (alpha.contiguous(), bank, pixels(x), values))
     return from_pixels(values, y)
 
 

@@ -38,10 +38,13 @@ def mix(alpha: Tensor, bank: Tensor, partition: Partition) -> Tensor:
         partition: How the kernel is cut.
 
     Returns:
-        (B, Cout, Cin/groups, *k), with input channels last in memory.
+        (B, Cout, Cin/groups, *k); with input channels last in memory, but for a kernel of one part.
     """
     batch, num_terms = alpha.shape[0], alpha.shape[2]
-    if not is_shared(bank, partition):
+    shared = is_shared(bank, partition)
+    if partition.cell == partition.kernel and bank.is_contiguous():  # one product, whose result is in torch's order
+        return (alpha[:, 0] @ bank.flatten(1).to(alpha.dtype)).view(batch, *partition.kernel)
+    if not shared:
         parts = cut(bank, partition).transpose(0, 1).flatten(2)  # (m, n, cell)
         mixed = torch.bmm(alpha.transpose(0, 1), parts.to(alpha.dtype)).transpose(0, 1)
         return _assemble(mixed.reshape(batch, *partition.grid, *partition.cell), partition)

@@ -99,9 +99,9 @@ class ODAttention(nn.Module):
             nn.init.zeros_(head.bias)
         return sum(head is not None for head in heads[:3])
 
-    def forward(self, x: Tensor, temperature: Tensor) -> Attentions:
-        """(B, C, *spatial) and τ, a scalar tensor → the attentions."""
-        h = F.relu(normalised(self.bn, self.fc(x.flatten(2).mean(2))))
+    def forward(self, pooled: Tensor, temperature: Tensor) -> Attentions:
+        """The means (B, C) of images and τ, a scalar tensor → the attentions."""
+        h = F.relu(normalised(self.bn, self.fc(pooled)))
         scale = temperature.to(h.dtype)
 
         def sigmoid(head: nn.Linear | None) -> Tensor | None:

@@ -64,7 +64,7 @@ class ODConvNd(ExpertsConv):
 
     def mixing(self, x: Tensor) -> Mixing:
         """As the base class; the attention over positions multiplies that over kernels, position by position."""
-        channel, filters, spatial, kernel = self.attention(x, self.tau)
+        channel, filters, spatial, kernel = self.attention(self.pooled(x), self.tau)
         if spatial is None:
             return Mixing(None if kernel is None else kernel.unsqueeze(1), channel, filters)
         alpha = spatial.unsqueeze(2)

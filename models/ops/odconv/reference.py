@@ -18,7 +18,8 @@ def reference(layer: ODConvNd, x: Tensor) -> Tensor:
             kernel = layer.weight[0]
         else:
             powers = torch.exp(_logits(a.kernel_fc, h, tau))
-            kernel = sum(p * w for p, w in zip(powers / powers.sum(), layer.weight, strict=True))
+            shares = powers / powers.sum()
+            kernel = torch.stack([p * w for p, w in zip(shares, layer.weight, strict=True)]).sum(0)
         if a.spatial_fc is not None:
             kernel = kernel * _sigmoid(a.spatial_fc, h, tau).reshape(layer.kernel_size)
         if a.filter_fc is not None:

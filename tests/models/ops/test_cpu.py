@@ -305,3 +305,29 @@ def test_a_processor_without_the_instructions(forgotten, monkeypatch):
     with pytest.raises(BuildError, match="the processor needs AVX512 or AVX2, and torch found DEFAULT"):
         library()
     assert not forgotten.exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("cell", ["whole", "position"])
+@pytest.mark.parametrize(
+    ("kernel", "experts", "size", "batch"),
+    [
+        ((70, 75, 3, 3), 4, (9, 8), 3),
+        ((33, 21, 7, 7), 3, (8, 5), 5),
+        ((130, 3, 5, 5), 1, (9, 11), 2),
+        ((61, 200, 1, 1), 5, (4, 3), 9),
+        ((72, 80, 3), 4, (40,), 2),
+        ((4, 6, 2, 3, 2), 2, (4, 5, 3), 2),
+    ],
+)
+def test_whole_kernels_where_the_work_is_cut(threads, kernel, experts, size, batch, cell, dtype):
+    threads(3)
+    torch.manual_seed(0)
+    cell = kernel if cell == "whole" else (*kernel[:2], *(1,) * (len(kernel) - 2))
+    partition, geometry = Partition(kernel, cell), Geometry.of(kernel[2:], padding=kernel[-1] // 2)
+    shapes = (batch, kernel[1], *size), (batch, partition.mixtures, experts), (experts, *kernel)
+    operands = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    with torch.no_grad():
+        y, expected = (mixture_conv(*operands, partition, geometry, implementation=i) for i in ("cpp", "grouped"))
+    assert (y - expected).norm() <= (1e-12 if dtype == torch.float64 else 1e-5) * expected.norm()
