@@ -60,7 +60,7 @@ def build_dataset(config: Config, train: bool) -> ClassifiedImages:
         split = "train" if train else "val"
         wds = run.data_set == "WDS"
         source = Shards(Path(run.data_path), split) if wds else ClassFolders(_split_folder(run, train))
-        dataset = Photographs(source, transform, train, run.skip_corrupt)
+        dataset = Photographs(source, transform, train, run.skip_corrupt, run.exif)
     if len(dataset.classes) != config.model.nb_classes:
         where = "" if run.data_set == "DIGITS" else f" in {dataset.root}"
         raise ConfigError(
