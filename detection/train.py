@@ -20,7 +20,8 @@ from mmengine.config import Config
 
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection.backbone import BACKBONES
-from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run
+from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run, unwrap
+from kernelwarehouse.detection.labels import check_labels
 from kernelwarehouse.models import read_config as read_model_config
 
 
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _apply(options, config)
     check_data(config, "train", "val")
     runner = build_runner(config)
-    build_loops(runner, "train", *(["val"] if config.get("val_dataloader") else []))
+    loops = ("train", *(["val"] if config.get("val_dataloader") else []))
+    build_loops(runner, *loops)
+    check_labels(runner, unwrap(runner.model), *loops)
     runner.train()
 
 
