@@ -16,6 +16,7 @@ from torch import nn
 
 from ..configs.schema import ConfigError
 from ..configs.schema.fields import reject_unknown
+from ..engine import NonFiniteLossError
 from ..models import CheckpointError
 from .backbone import DynamicBackbone
 from .bridge import MissingOperatorError
@@ -211,10 +212,16 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run an entry; print what is the user's to correct in one line, and return the exit status: 0, or 2."""
+    """Run an entry; print what is the user's to correct in one line, and return the exit status.
+
+    It is 0 when all is done, 1 for a training that diverged, and 2 for what cannot begin.
+    """
     try:
         main()
     except (ConfigError, CheckpointError, MissingOperatorError) as e:
         sys.stderr.write(f"error: {e}\n")
         return 2
+    except NonFiniteLossError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 1
     return 0
