@@ -8,7 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from ..configs.schema import Config, ConfigError, RunConfig
 from .digits import Digits
-from .folders import ClassFolders
+from .folders import ClassFolders, printable
 from .images import ClassifiedImages
 from .photographs import Photographs
 from .shards import Shards
@@ -23,14 +23,15 @@ def build_datasets(config: Config) -> tuple[ClassifiedImages, ClassifiedImages]:
     Raises:
         ConfigError: See `build_dataset`; also when the two have different classes.
     """
-    train, held_out = build_dataset(config, train=True), build_dataset(config, train=False)
+    train, held_out = _build(config, train=True), _build(config, train=False)
     if tuple(train.classes) != tuple(held_out.classes):
         only_train = sorted(set(train.classes) - set(held_out.classes))
         only_eval = sorted(set(held_out.classes) - set(train.classes))
         raise ConfigError(
-            f"{train.root} and {held_out.root} have different classes: "
+            f"{printable(train.root)} and {printable(held_out.root)} have different classes: "
             f"only for training {only_train[:5]}, only for evaluation {only_eval[:5]}"
         )
+    _check_number(config, train)
     return train, held_out
 
 
@@ -48,26 +49,34 @@ def build_dataset(config: Config, train: bool) -> ClassifiedImages:
         ConfigError: No path where one is needed, no such folder or files, an empty class folder, or a number of
             classes other than the model's.
     """
+    dataset = _build(config, train)
+    _check_number(config, dataset)
+    return dataset
+
+
+def _build(config: Config, train: bool) -> ClassifiedImages:
     run = config.run
     transform = train_steps(config) if train else eval_steps(config)
     if run.data_set == "DIGITS":
-        dataset = Digits(train, transform)
-    elif not run.data_path:
+        return Digits(train, transform)
+    if not run.data_path:
         raise ConfigError(f"field 'data_path': {run.data_set} is read from a folder; pass --data_path FOLDER")
-    elif run.data_set in TORCHVISION:
-        dataset = _torchvision(run, train, transform)
-    else:
-        split = "train" if train else "val"
-        wds = run.data_set == "WDS"
-        source = Shards(Path(run.data_path), split) if wds else ClassFolders(_split_folder(run, train))
-        dataset = Photographs(source, transform, train, run.skip_corrupt, run.exif)
-    if len(dataset.classes) != config.model.nb_classes:
-        where = "" if run.data_set == "DIGITS" else f" in {dataset.root}"
+    if run.data_set in TORCHVISION:
+        return _torchvision(run, train, transform)
+    wds, split = run.data_set == "WDS", "train" if train else "val"
+    source = Shards(Path(run.data_path), split) if wds else ClassFolders(_split_folder(run, train))
+    return Photographs(source, transform, train, run.skip_corrupt, run.exif)
+
+
+def _check_number(config: Config, dataset: ClassifiedImages) -> None:
+    """Compare the number of classes with the model's."""
+    run, found = config.run, len(dataset.classes)
+    if found != config.model.nb_classes:
+        where = "" if run.data_set == "DIGITS" else f" in {printable(dataset.root)}"
         raise ConfigError(
-            f"field 'nb_classes': the model has {config.model.nb_classes} classes, {run.data_set}{where} has "
-            f"{len(dataset.classes)}; pass --nb_classes {len(dataset.classes)}"
+            f"field 'nb_classes': the model has {config.model.nb_classes} classes, {run.data_set}{where} has {found}; "
+            f"pass --nb_classes {found}"
         )
-    return dataset
 
 
 def _torchvision(run: RunConfig, train: bool, transform: Callable[[Any], Any]) -> ClassifiedImages:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..configs.schema import ConfigError
 from .decoding import decode
+from .folders import printable
 
 # The target of an image that has none, which evaluation leaves out.
 UNLABELLED = -1
@@ -93,7 +94,7 @@ class Photographs(Dataset):
                 return self.transform(image), int(self.source.targets[index])
             index = (index + 1) % len(self)
             image = self._decode(index)
-        raise DataError(f"{self.root}: not one of its {len(self)} images can be decoded")
+        raise DataError(f"{printable(self.root)}: not one of its {len(self)} images can be decoded")
 
     def _decode(self, index: int) -> Tensor | None:
         """The image, or None for one to pass over."""

@@ -29,7 +29,7 @@ class Diverging(MaskRCNN):
             weight = self.backbone.net.conv1.weight.sum()
             for name, buffer in self.named_buffers():
                 if name.endswith("running_mean"):
-                    buffer.fill_(torch.nan)
+                    buffer.data.fill_(torch.nan)
             # The square root of 0 is finite, and its slope is not.
             losses["loss_bad"] = weight * torch.nan if self.spoil == "loss" else (weight * 0).sqrt()
         type(self).iteration += 1
