@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from ..configs.schema import Config, ConfigError, RunConfig
@@ -80,13 +81,31 @@ def _check_number(config: Config, dataset: ClassifiedImages) -> None:
 
 
 def _torchvision(run: RunConfig, train: bool, transform: Callable[[Any], Any]) -> ClassifiedImages:
+    kind, where = TORCHVISION[run.data_set], f"field 'data_path': {printable(run.data_path)}"
     try:
-        return TORCHVISION[run.data_set](run.data_path, train=train, transform=transform, download=False)
+        dataset = kind(run.data_path, train=train, transform=transform, download=False)
     except RuntimeError as e:
+        # torchvision's own word for files that are not there, or not whole; torch's for too few pixels is another.
+        if "download=True" not in str(e):
+            raise ConfigError(f"{where}: damaged files of {run.data_set}: {e}") from e
         raise ConfigError(
-            f"field 'data_path': {run.data_path} does not hold the files of {run.data_set} as torchvision keeps them; "
-            f"torchvision.datasets.{TORCHVISION[run.data_set].__name__}({run.data_path!r}, download=True) fetches them"
+            f"{where} does not hold the files of {run.data_set} as torchvision keeps them; "
+            f"torchvision.datasets.{kind.__name__}({run.data_path!r}, download=True) fetches them"
         ) from e
+    except Exception as e:  # a damaged file may make its reader raise anything
+        raise ConfigError(f"{where}: damaged files of {run.data_set}: {e!r}") from e
+    images, labels = len(dataset.data), torch.as_tensor(dataset.targets)
+    if images != len(labels):
+        raise ConfigError(f"{where}: damaged files of {run.data_set}: {images} images and {len(labels)} labels")
+    if not images or labels.min() < 0 or labels.max() >= len(dataset.classes):
+        found = f"from {labels.min()} to {labels.max()}" if images else "none"
+        raise ConfigError(
+            f"{where}: damaged files of {run.data_set}: labels {found}, expected 0 to {len(dataset.classes) - 1}"
+        )
+    if run.data_set == "FMNIST" and dataset.data.shape[1:] != (28, 28):
+        height, width = dataset.data.shape[1:]
+        raise ConfigError(f"{where}: damaged files of FMNIST: images of {height} × {width} pixels, expected 28 × 28")
+    return dataset
 
 
 def _split_folder(run: RunConfig, train: bool) -> Path:

@@ -60,7 +60,7 @@ class ClassFolders:
 
 
 def printable(path: str | bytes | os.PathLike) -> str:
-    """A path as text for every file and terminal: a byte that is not UTF-8, or a line break, is written as in Python."""
+    """A path as text for any file and terminal: a byte that is not UTF-8, or a line break, becomes an escape."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(path))
 
 
