@@ -1,5 +1,6 @@
 """Where a run writes: every place is tried before the work starts, and a write that fails later says which it was."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ def check_outputs(run: RunConfig, world: World) -> None:
             for field in ("output_dir",) if run.eval else ("output_dir", "log_dir"):
                 if folder := getattr(run, field):
                     _try_folder(field, Path(folder))
+            for name in ("log.txt", "eval.json" if run.eval else "config.json") if run.output_dir else ():
+                check_file("field 'output_dir'", Path(run.output_dir, name), regular=True)
             for field in ("per_class", "predictions", "confusion") if run.eval else ():
                 if file := getattr(run, field):
                     (check_picture if field == "confusion" else check_file)(f"field '{field}'", Path(file))
@@ -45,19 +48,23 @@ def check_outputs(run: RunConfig, world: World) -> None:
         raise ConfigError(problem)
 
 
-def check_file(name: str, path: Path) -> None:
+def check_file(name: str, path: Path, regular: bool = False) -> None:
     """Make sure that a file can be written; one that is there stays as it is.
 
     Args:
         name: Who asks for it, for the message.
         path: The file.
+        regular: Whether it is read again, as a pipe or a device cannot be.
 
     Raises:
         ConfigError: It cannot.
     """
     try:
         new = not path.exists()
-        path.open("ab").close()
+        if regular and not new and not path.is_file():
+            raise ConfigError(f"{name}: {path} is no file; move it away, or name another folder")
+        # Without waiting for a reader, where it is a pipe that has none.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666))
         if new:
             path.unlink()
     except OSError as e:
