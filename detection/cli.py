@@ -31,6 +31,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-root", metavar="FOLDER", help="where the data is, in place of the config's data_root")
     parser.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="turn images as their EXIF orientation says, or take them as they are stored; default: the config's",
+    )
+    parser.add_argument(
         "--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes started"
     )
     parser.add_argument(
@@ -72,6 +77,9 @@ def read_config(options: argparse.Namespace) -> Config:
         config.merge_from_dict(options.cfg_options)
     if options.data_root:
         set_data_root(config, options.data_root)
+    if options.exif:
+        colours = "color" if options.exif == "apply" else "color_ignore_orientation"
+        config.merge_from_dict(_with_loaders(config.to_dict(), colours))
     paramwise = config.get("optim_wrapper", {}).get("paramwise_cfg")
     if paramwise is not None and "constructor" not in config.optim_wrapper:
         paramwise.setdefault("bypass_duplicate", True)  # of what layers of the backbone share
@@ -131,6 +139,15 @@ def set_data_root(config: Config, folder: str) -> None:
         return new + value[len(old) :] if inside else value
 
     config.merge_from_dict(replaced(config.to_dict()))
+
+
+def _with_loaders(node: Any, colours: str) -> Any:
+    """A part of a configuration in which every image is loaded with this `color_type`."""
+    if isinstance(node, Mapping):
+        changed = {k: _with_loaders(v, colours) for k, v in node.items()}
+        loads = node.get("type") in ("LoadImageFromFile", "mmdet.LoadImageFromFile")
+        return {**changed, "color_type": colours} if loads else changed
+    return type(node)(_with_loaders(v, colours) for v in node) if isinstance(node, list | tuple) else node
 
 
 def check_data(config: Config, *loops: str) -> None:
