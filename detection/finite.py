@@ -9,6 +9,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
+from ..configs.schema import ConfigError
 from ..engine import NonFiniteLossError
 from ..engine.train import BufferCopy
 
@@ -22,7 +23,8 @@ class FiniteSteps(Hook):
         max_bad_steps: How many steps in a row may be skipped.
 
     Raises:
-        NonFiniteLossError: One more was not finite.
+        ConfigError: There are several optimizers.
+        NonFiniteLossError: One more step was not finite.
     """
 
     priority = "VERY_HIGH"
@@ -33,10 +35,12 @@ class FiniteSteps(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Stand between the runner and its optimizer."""
-        self.runner, self.wrapper = runner, runner.optim_wrapper
-        self.buffers = BufferCopy(runner.model)
-        if isinstance(self.wrapper, OptimWrapper):
-            self.wrapper.update_params = self.update_params
+        wrapper = runner.optim_wrapper
+        self.runner, self.buffers = runner, BufferCopy(runner.model)
+        if not isinstance(wrapper, OptimWrapper):
+            raise ConfigError(f"field 'optim_wrapper': one optimizer is expected, found a {type(wrapper).__name__}")
+        self.wrapper: OptimWrapper = wrapper
+        wrapper.update_params = self.update_params
 
     def before_train_iter(self, *_: Any, **__: Any) -> None:
         """Keep the running statistics as they are before a step's first batch."""
