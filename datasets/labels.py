@@ -1,6 +1,7 @@
 """Other labels for images that have some: ImageNet-ReaL's several acceptable ones, ImageNet-V2's, one's own."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ class Relabelled(Dataset):
 
     Args:
         dataset: The images, as pairs with their own class; an image that cannot be read stays without labels.
-        path: A JSON list with, for each image in order, its acceptable classes (or the only one); [] for none.
+        path: A JSON list with, for each image in order, its acceptable classes (or the only one); [] for none. A
+            class that is listed twice counts once.
 
     Raises:
         ConfigError: The file does not hold that.
@@ -39,8 +41,10 @@ class Relabelled(Dataset):
 def _read(path: Path, images: int, classes: int) -> Tensor:
     """The labels (images, most labels of an image)."""
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"field 'eval_labels': {path} is no file")
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # of UTF-8, of JSON, and of numbers with thousands of digits
         raise ConfigError(f"field 'eval_labels': {path}: {e}") from e
     if not isinstance(entries, list) or len(entries) != images:
         found = f"a list of {len(entries)}" if isinstance(entries, list) else type(entries).__name__
@@ -52,8 +56,10 @@ def _read(path: Path, images: int, classes: int) -> Tensor:
         if any(type(label) is not int or not 0 <= label < classes for label in entry):
             raise ConfigError(
                 f"field 'eval_labels': {path}: image {number}: classes are whole numbers from 0 to {classes - 1}, "
-                f"found {entry}"
+                f"found {reprlib.repr(entry)}"
             )
+    # A class that is listed twice counts once in the loss, which takes the sum of the classes' probabilities.
+    entries = [list(dict.fromkeys(entry)) for entry in entries]
     labels = torch.full((images, max(map(len, entries), default=1) or 1), UNLABELLED)
     for row, entry in zip(labels, entries, strict=True):
         row[: len(entry)] = torch.tensor(entry, dtype=torch.long)

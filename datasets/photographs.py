@@ -1,21 +1,18 @@
-"""Encoded images from class folders or shards, decoded; and what becomes of one that cannot be."""
+"""The images of class folders or shards; and what becomes of one that cannot be decoded."""
 
-import io
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.functional import pil_to_tensor
 
 from ..configs.schema import ConfigError
+from .decoding import decode
+from .folders import printable
 
-JPEG = b"\xff\xd8\xff"
 # The target of an image that has none, which evaluation leaves out.
 UNLABELLED = -1
 
@@ -62,13 +59,22 @@ class Photographs(Dataset):
         transform: Applied to an image, a tensor (3, H, W) of bytes.
         train: For training, else for evaluation.
         skip_corrupt: How many images to pass over, in this process and its loader's workers together.
+        exif: Whether images are turned as their EXIF orientation says, or given as they are stored.
 
     Attributes:
         corrupt: Which images have been passed over, (N,) in memory that the workers share.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Tensor], Any], train: bool, skip_corrupt: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Tensor], Any],
+        train: bool,
+        skip_corrupt: int = 0,
+        exif: Literal["apply", "ignore"] = "ignore",
+    ):
         self.source, self.transform, self.train, self.skip_corrupt = source, transform, train, skip_corrupt
+        self.exif: Literal["apply", "ignore"] = exif
         self.root, self.classes = source.root, source.classes
         self.corrupt = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
@@ -88,12 +94,12 @@ class Photographs(Dataset):
                 return self.transform(image), int(self.source.targets[index])
             index = (index + 1) % len(self)
             image = self._decode(index)
-        raise DataError(f"{self.root}: not one of its {len(self)} images can be decoded")
+        raise DataError(f"{printable(self.root)}: not one of its {len(self)} images can be decoded")
 
     def _decode(self, index: int) -> Tensor | None:
         """The image, or None for one to pass over."""
         try:
-            return decode(self.source.read(index))
+            return decode(self.source.read(index), self.exif)
         except Exception as e:  # whatever a decoder makes of bytes that are no image
             self.corrupt[index] = True
             found = int(self.corrupt.sum())
@@ -106,16 +112,3 @@ class Photographs(Dataset):
                     f"--skip_corrupt than {self.skip_corrupt} to pass over them"
                 ) from e
             return None
-
-
-def decode(data: bytes) -> Tensor:
-    """Decode an image of any format to a tensor (3, H, W) of bytes.
-
-    JPEG goes through torchvision, which is faster than Pillow and gives the same values.
-
-    Raises:
-        Exception: It is damaged; of the decoder's own type.
-    """
-    if data.startswith(JPEG):
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    return pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -7,17 +7,19 @@ exactly once, and a training continues at the very image where it stopped, all a
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from tarfile import TarFile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from webdataset.writer import ShardWriter
 
 from ..configs.schema import ConfigError
-from .folders import ClassFolders
+from .folders import ClassFolders, printable
+from .shard_index import read_index
 
 CLASS = ".cls"
 
@@ -30,7 +32,7 @@ class Shards:
         split: "train" or "val".
 
     Raises:
-        ConfigError: No index, or a shard that is not as the index says; or the system is Windows.
+        ConfigError: No index, one that cannot be, or a shard that is not as it says; or the system is Windows.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -39,27 +41,51 @@ class Shards:
         self.root, index = folder, _index_file(folder, split)
         if not index.is_file():
             raise ConfigError(f"field 'data_path': no {index}; scripts/make_shards.py writes it beside the shards")
-        with np.load(index) as fields:
-            self.classes = tuple(fields["classes"].tolist())
-            self.targets = fields["targets"]
-            # Arrays, not lists: reading a million Python objects would copy their pages into every worker.
-            self.names, self.shards = fields["names"], fields["shards"]
-            self.offsets, self.sizes = fields["offsets"], fields["sizes"]
-            self.files = [folder / name for name in fields["files"].tolist()]
-            expected = fields["file_sizes"].tolist()
-        for file, size in zip(self.files, expected, strict=True):
-            found = file.stat().st_size if file.is_file() else "no"
+        self.index = read_index(index)
+        self.classes = tuple(map(printable, self.index.classes))
+        self.targets = self.index.targets
+        self.files = [folder / name for name in self.index.files]
+        self.states = [_state(file) for file in self.files]
+        for file, state, size in zip(self.files, self.states, self.index.file_sizes, strict=True):
+            found = state.size if state else "no"
             if found != size:
                 raise ConfigError(f"{file}: {found} bytes, {index.name} says {size}; copy or write the shards again")
 
     def name(self, index: int) -> str:
         """The shard of an image and its name."""
-        return f"{self.files[self.shards[index]]}: {os.fsdecode(self.names[index])}"
+        return printable(f"{self.files[self.index.shards[index]]}: {os.fsdecode(self.index.names[index])}")
 
     def read(self, index: int) -> bytes:
-        """An image as it is stored."""
-        file = _open(self.files[self.shards[index]])
-        return os.pread(file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
+        """An image as it is stored.
+
+        Raises:
+            ConfigError: The shard has been written again since the index was read.
+        """
+        number = self.index.shards[index]
+        path, state = self.files[number], self.states[number]
+        file = _open(path, state)
+        if _state(file.fileno()) != state:
+            raise ConfigError(f"{path}: has been written again since its index was read")
+        return os.pread(file.fileno(), int(self.index.sizes[index]), int(self.index.offsets[index]))
+
+
+class State(NamedTuple):
+    """What tells whether a file is another than before."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+
+def _state(file: Path | int) -> State | None:
+    """The state of a file; None where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    regular = stat.S_ISREG(status.st_mode)
+    return State(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if regular else None
 
 
 def write_shards(
@@ -84,8 +110,22 @@ def write_shards(
         The number of shards.
 
     Raises:
-        ConfigError: The folder holds shards of this split already.
+        ConfigError: The folder holds shards of this split already, or cannot be written.
     """
+    try:
+        return _write_shards(source, folder, split, images_per_shard, progress)
+    except OSError as e:
+        where = printable(e.filename) if e.filename is not None else printable(folder)
+        raise ConfigError(f"{where}: cannot be read or written: {e.strerror or e}") from e
+
+
+def _write_shards(
+    source: ClassFolders,
+    folder: Path,
+    split: str,
+    images_per_shard: int,
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> int:
     if present := sorted(folder.glob(f"{split}-*")):
         raise ConfigError(f"{present[0]} is there already; delete the {split} shards, or name another folder")
     aside = folder / f".{split}-unfinished"
@@ -93,7 +133,7 @@ def write_shards(
     aside.mkdir(parents=True)
     with ShardWriter(str(aside / f"{split}-%06d.tar"), images_per_shard, maxsize=2**40, mtime=0, verbose=0) as writer:
         for i in progress(range(len(source.targets))):
-            kind = Path(source.name(i)).suffix[1:].lower()
+            kind = Path(source.path(i)).suffix[1:].lower()
             writer.write({"__key__": f"{i:09d}", kind: source.read(i), "cls": int(source.targets[i])})
     files = sorted(aside.glob("*.tar"))
     fields = _locate(files)
@@ -135,5 +175,6 @@ def _index_file(folder: Path, split: str) -> Path:
 
 
 @lru_cache(maxsize=256)  # fewer than the files that a process may have open
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path, _state: State | None) -> BinaryIO:
+    """A shard, opened anew when it has been written again."""
     return file.open("rb", buffering=0)

@@ -118,6 +118,9 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
     def __call__(self, image: Tensor) -> Tensor:
         """(3, H, W) → (3, *size), bytes."""
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        # timm rounds sides to 0 where an image has a pixel or two.
+        height, width = max(height, 1), max(width, 1)
+        top, left = min(top, image.shape[-2] - height), min(left, image.shape[-1] - width)
         modes = self.interpolation
         mode = random.choice(modes) if isinstance(modes, tuple) else modes
         crop = image[None, :, top : top + height, left : left + width]

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..configs.schema import ConfigError
 from ..configs.schema.fields import reject_unknown
+from ..engine import NonFiniteLossError
 from ..models import CheckpointError
 from .backbone import DynamicBackbone
 from .bridge import MissingOperatorError
@@ -29,6 +30,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--work-dir", metavar="FOLDER", help="where to write; default: work_dirs/ and the config's name"
     )
     parser.add_argument("--data-root", metavar="FOLDER", help="where the data is, in place of the config's data_root")
+    parser.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="turn images as their EXIF orientation says, or take them as they are stored; default: the config's",
+    )
     parser.add_argument(
         "--launcher", choices=("none", "pytorch", "slurm"), default="none", help="how processes started"
     )
@@ -71,6 +77,9 @@ def read_config(options: argparse.Namespace) -> Config:
         config.merge_from_dict(options.cfg_options)
     if options.data_root:
         set_data_root(config, options.data_root)
+    if options.exif:
+        colours = "color" if options.exif == "apply" else "color_ignore_orientation"
+        config.merge_from_dict(_with_loaders(config.to_dict(), colours))
     paramwise = config.get("optim_wrapper", {}).get("paramwise_cfg")
     if paramwise is not None and "constructor" not in config.optim_wrapper:
         paramwise.setdefault("bypass_duplicate", True)  # of what layers of the backbone share
@@ -130,6 +139,15 @@ def set_data_root(config: Config, folder: str) -> None:
         return new + value[len(old) :] if inside else value
 
     config.merge_from_dict(replaced(config.to_dict()))
+
+
+def _with_loaders(node: Any, colours: str) -> Any:
+    """A part of a configuration in which every image is loaded with this `color_type`."""
+    if isinstance(node, Mapping):
+        changed = {k: _with_loaders(v, colours) for k, v in node.items()}
+        loads = node.get("type") in ("LoadImageFromFile", "mmdet.LoadImageFromFile")
+        return {**changed, "color_type": colours} if loads else changed
+    return type(node)(_with_loaders(v, colours) for v in node) if isinstance(node, list | tuple) else node
 
 
 def check_data(config: Config, *loops: str) -> None:
@@ -211,10 +229,16 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run an entry; print what is the user's to correct in one line, and return the exit status: 0, or 2."""
+    """Run an entry; print what is the user's to correct in one line, and return the exit status.
+
+    It is 0 when all is done, 1 for a training that diverged, and 2 for what cannot begin.
+    """
     try:
         main()
     except (ConfigError, CheckpointError, MissingOperatorError) as e:
         sys.stderr.write(f"error: {e}\n")
         return 2
+    except NonFiniteLossError as e:
+        sys.stderr.write(f"error: {e}\n")
+        return 1
     return 0

@@ -19,6 +19,7 @@ from torch import nn
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection.backbone import PREFIX, DynamicBackbone
 from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run, unwrap
+from kernelwarehouse.detection.labels import check_labels
 from kernelwarehouse.models import check_values, copy_weights, find_state_dict, read_checkpoint
 
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runner = build_runner(config)
     load_detector(unwrap(runner.model), content, options.checkpoint)
     build_loops(runner, "test")
+    check_labels(runner, unwrap(runner.model), "test")
     metrics = runner.test()
     if is_main_process():
         sys.stdout.write(summary(metrics) + "\n")

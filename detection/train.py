@@ -20,7 +20,9 @@ from mmengine.config import Config
 
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection.backbone import BACKBONES
-from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run
+from kernelwarehouse.detection.cli import build_loops, build_parser, build_runner, check_data, read_config, run, unwrap
+from kernelwarehouse.detection.finite import FiniteSteps
+from kernelwarehouse.detection.labels import check_labels
 from kernelwarehouse.models import read_config as read_model_config
 
 
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         ConfigError, CheckpointError, MissingOperatorError: As the functions of `cli`; before the first step.
+        NonFiniteLossError: The training diverged.
     """
     parser = build_parser("Train a detector.")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of the backbone, such as a classifier's")
@@ -45,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="scale the learning rate by the total batch over auto_scale_lr.base_batch_size",
     )
+    parser.add_argument(
+        "--max-bad-steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="steps in a row that may be skipped because the loss is not finite; one more stops the run",
+    )
     parser.add_argument("--local_rank", "--local-rank", default="0", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     os.environ.setdefault("LOCAL_RANK", options.local_rank)
@@ -52,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _apply(options, config)
     check_data(config, "train", "val")
     runner = build_runner(config)
-    build_loops(runner, "train", *(["val"] if config.get("val_dataloader") else []))
+    loops = ("train", *(["val"] if config.get("val_dataloader") else []))
+    build_loops(runner, *loops)
+    check_labels(runner, unwrap(runner.model), *loops)
+    runner.register_hook(FiniteSteps(options.max_bad_steps))
     runner.train()
 
 

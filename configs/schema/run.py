@@ -16,6 +16,7 @@ class RunConfig(Fields):
             Fashion-MNIST files.
         data_path: Folder of the data.
         eval_data_path: Folder of the evaluation images of image_folder; default: val/ under data_path.
+        exif: Turn photographs as their EXIF orientation says, or take them as they are stored, as upstream does.
         skip_corrupt: How many unreadable images each process passes over before it stops.
         num_workers: Loader processes.
         pin_mem: Page-locked memory for batches on their way to a GPU.
@@ -105,6 +106,7 @@ class RunConfig(Fields):
     data_set: Literal["DIGITS", "IMNET", "image_folder", "WDS", "CIFAR10", "CIFAR100", "FMNIST"] = "DIGITS"
     data_path: str = ""
     eval_data_path: str | None = None
+    exif: Literal["apply", "ignore"] = "ignore"
     skip_corrupt: int = limited(0, low=0)
     num_workers: int = limited(10, low=0)
     pin_mem: bool = True

@@ -1,5 +1,6 @@
 """Data that cannot be used is named before the first step."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -100,3 +101,48 @@ def test_torchvision_files_are_read(tmp_path, monkeypatch):
     image, target = build_dataset(config(tmp_path, data_set="CIFAR10"), train=True)[1]
     assert image.pixels.shape == (3, 32, 32)
     assert target == 1
+
+
+def idx(array, header=None):
+    """An idx file of bytes; `header` lies about the shape."""
+    shape = array.shape if header is None else header
+    return bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape) + array.tobytes()
+
+
+IMAGES, LABELS = np.zeros((4, 28, 28), np.uint8), np.arange(4, dtype=np.uint8)
+
+
+def fashion(root, images, labels):
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+    return config(root, data_set="FMNIST", nb_classes=10)
+
+
+def test_idx_files_are_read(tmp_path):
+    dataset = build_dataset(fashion(tmp_path, idx(IMAGES), idx(LABELS)), train=True)
+    assert [dataset[i][1] for i in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (idx(IMAGES), idx(np.zeros(5, np.uint8)), "4 images and 5 labels"),
+        (idx(IMAGES), idx(np.zeros(3, np.uint8)), "4 images and 3 labels"),
+        (idx(IMAGES), idx(LABELS + 7), "labels from 7 to 10, expected 0 to 9"),
+        (idx(IMAGES[:0]), idx(LABELS[:0]), ""),
+        (idx(IMAGES)[:-1], idx(LABELS), ""),
+        (idx(IMAGES)[:9], idx(LABELS), ""),
+        (idx(IMAGES), b"", ""),
+        (b"<html>", idx(LABELS), ""),
+        (idx(IMAGES, (2**31 - 1, 28, 28)), idx(LABELS), ""),
+        (idx(IMAGES[:, :14], (4, 14, 28)), idx(LABELS), "images of 14 × 28 pixels, expected 28 × 28"),
+        (idx(IMAGES[0]), idx(LABELS), ""),
+        (idx(LABELS), idx(IMAGES), ""),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, images, labels, message):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: damaged files of FMNIST: .*{message}"):
+        build_dataset(fashion(tmp_path, images, labels), train=True)

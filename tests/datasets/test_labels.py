@@ -1,6 +1,7 @@
 """Other labels than the images' own."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -53,3 +54,25 @@ def test_no_such_file_or_no_json(digits, tmp_path):
     (tmp_path / "broken.json").write_text("[[1], ")
     with pytest.raises(ConfigError, match=r"'eval_labels': .*broken.json"):
         Relabelled(digits, tmp_path / "broken.json")
+
+
+def test_a_label_that_is_listed_twice_counts_once(digits, tmp_path):
+    data = Relabelled(digits, write(tmp_path / "real.json", [[3, 3], [2, 1, 2, 1], *([[0, 0, 0]] * 358)]))
+    assert [data[i][1].tolist() for i in range(3)] == [[3, -1], [2, 1], [0, -1]]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, f"[{'9' * 5000}]", "\udcff", "", "[[1], NaN]", "nul\0"])
+def test_files_that_no_reader_takes(digits, tmp_path, text):
+    (tmp_path / "labels.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=r"'eval_labels': .*labels\.json") as error:
+        Relabelled(digits, tmp_path / "labels.json")
+    assert len(str(error.value)) < 600
+
+
+def test_what_is_no_file(digits, tmp_path):
+    with pytest.raises(ConfigError, match=r"'eval_labels': .* is no file"):
+        Relabelled(digits, tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(ConfigError, match=r"'eval_labels': .*fifo is no file"):
+            Relabelled(digits, tmp_path / "fifo")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.model import BaseModule
+from PIL import Image
 
 from kernelwarehouse.configs.schema import ConfigError
 from kernelwarehouse.detection import test, train
@@ -131,6 +132,19 @@ def test_the_data_root_is_replaced_everywhere(tiny_config, scenes, tmp_path):
     arguments = build_arguments(tiny_config, moved)
     assert read_config(arguments).val_evaluator.ann_file == f"{moved}/annotations.json"
     assert read_config(arguments).train_dataloader.dataset.data_root == f"{moved}/"
+
+
+@pytest.mark.parametrize(("exif", "size"), [(None, (32, 64)), ("apply", (32, 64)), ("ignore", (64, 32))])
+def test_orientation_is_applied_unless_it_is_to_be_ignored(tiny_config, tmp_path, exif, size):
+    arguments = build_parser("").parse_args([str(tiny_config), *(["--exif", exif] if exif else [])])
+    config = read_config(arguments)
+    orientation = Image.Exif()
+    orientation[274] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=orientation)
+    for loop in ("train", "val", "test"):
+        load = TRANSFORMS.build(config[f"{loop}_dataloader"].dataset.pipeline[0])
+        height, width = load({"img_path": str(tmp_path / "turned.jpg")})["img_shape"]
+        assert (width, height) == size
 
 
 def build_arguments(config, data_root):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_trying_a_place_leaves_it_as_it_was(tiny_config, cpu, tmp_path):
     check_outputs(tiny_config(eval=True, output_dir=str(tmp_path / "run"), **files).run, cpu)
     assert there.read_text() == "as it was"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["predictions.csv", "run"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such files")
+@pytest.mark.parametrize("name", ["log.txt", "config.json", "eval.json", "predictions"])
+def test_a_pipe_that_nobody_reads_keeps_no_run_waiting(tiny_config, cpu, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    fields = {"predictions": str(tmp_path / name)} if name == "predictions" else {"output_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=rf"'(output_dir|predictions)': .*{name} (is no file|cannot be written)"):
+        check_outputs(tiny_config(eval=name in ("eval.json", "predictions"), **fields).run, cpu)
 
 
 def test_only_the_main_process_tries(tiny_config, cpu, tmp_path):
