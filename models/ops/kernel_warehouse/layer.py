@@ -137,7 +137,7 @@ class KWLayer(DynamicLayer):
 
     def _nothing(self, x: Tensor) -> Tensor:
         """The output of no images, with which all that took part gets a gradient of zeros, as from torch's layers."""
-        alpha, bank = self._factors(x, CANDIDATES["reference"])
+        alpha, bank = self._factors(x, CANDIDATES["reference"], "torch")
         kernel = self.partition.kernel
         size = self.geometry.output_size(x.shape[2:], kernel[2:])
         zero = x.sum() + alpha.sum() + 0 * bank.sum()
