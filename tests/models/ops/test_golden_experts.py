@@ -71,7 +71,11 @@ def test_layers(key):
     assert x.grad.norm().item() == pytest.approx(golden["grad_norm_inputs"]["x"], rel=1e-9)
 
 
-@pytest.mark.parametrize("key", NETWORKS, ids="-".join)
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=[pytest.mark.slow] if "resnet50" in key[1] else []) for key in NETWORKS],
+    ids="-".join,
+)
 def test_networks_with_weights_of_the_authors_names(key):
     golden = GOLDEN[key]
     net = build_model(NETWORKS[key]).double().eval()
