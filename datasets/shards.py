@@ -110,8 +110,10 @@ def write_shards(
         The number of shards.
 
     Raises:
-        ConfigError: The folder holds shards of this split already, or cannot be written.
+        ConfigError: The folder holds shards of this split already, or cannot be written; or shards without images.
     """
+    if images_per_shard < 1:
+        raise ConfigError(f"images_per_shard: must be at least 1; found {images_per_shard}")
     try:
         return _write_shards(source, folder, split, images_per_shard, progress)
     except OSError as e:

@@ -205,3 +205,9 @@ def test_a_target_that_is_a_file(folder, tmp_path):
             ConfigError, match=r"cannot be read or written: (File exists|Not a directory|File name too)"
         ):
             write_shards(ClassFolders(folder / "images" / "train"), target, "train")
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_shards_hold_images(folder, tmp_path, number):
+    with pytest.raises(ConfigError, match=f"images_per_shard: must be at least 1; found {number}"):
+        write_shards(ClassFolders(folder / "images" / "train"), tmp_path, "train", number)
