@@ -8,6 +8,7 @@
 // channels). `mixture_conv/cpp.py` says what the tensors hold.
 
 #include "apply.h"
+#include "experts.h"
 #include "gradients.h"
 
 namespace {
@@ -103,11 +104,14 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const T* cells
   const Int least = std::max(std::min(p.batch, ceil_div(wanted, channel_parts)), ceil_div(p.batch, most));
   const Int groups = balanced(least, channel_parts, threads, std::min(p.batch, p.batch * mixtures / 16));
   const Int together = ceil_div(p.batch, groups), most_channels = all_channels.most();
-  const Int fitting = KERNELS_BACKWARD / Int(sizeof(T)) / (together * mixtures * most_channels) / 16 * 16;
+  const Int experts = p.expert_parts ? p.cells : 0;
+  const Int fitting = KERNELS_BACKWARD / Int(sizeof(T)) / ((together + experts) * mixtures * most_channels) / 16 * 16;
   const Int depth = std::min(p.cout, std::max<Int>(fitting, 16));
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> mixed(together * mixtures * (depth * most_channels + PAD));
+    Buffer<T> tile(experts * mixtures * (depth * most_channels + PAD));
+    std::fill_n(tile.data, experts * mixtures * (depth * most_channels + PAD), T{});  // what lies between kernels too
     Buffer<Term> terms(mixtures);
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (Int group = 0; group < groups; group++)
@@ -116,8 +120,13 @@ void gradient_of_x(const Problem& p, Int threads, const T* alpha, const T* cells
         const Int channel = all_channels.begin(channel_part), channels = all_channels.size(channel_part);
         for (Int row = 0; row < p.cout; row += depth) {
           const Int rows = std::min(depth, p.cout - row), size = rows * channels + PAD;
-          mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
-                        channels, mixed.data, size);
+          if (experts) {
+            read_experts<T>(p, cells, row, rows, channel, channels, tile.data, size);
+            mix_tile<T>(p, alpha, tile.data, first, last - first, mixed.data, size);
+          } else {
+            mix_shared<T>(p, alpha, cells, first * p.blocks_out, (last - first) * p.blocks_out, row, rows, channel,
+                          channels, mixed.data, size);
+          }
           for (Int sample = first; sample < last; sample++) {
             const T* own = mixed.data + (sample - first) * mixtures * size;
             const Pixels<T> pixels = {grad + sample * p.image_out() + row, p.channels_out(), p.blocks_out, rows, p.cout};

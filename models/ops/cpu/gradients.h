@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "axis.h"
-#include "mixing.h"
+#include "experts.h"
 
 namespace {
 
@@ -67,7 +67,7 @@ void correlate(const Problem& p, const Lines& lines, const T* x, const T* grad, 
   });
 }
 
-// The gradient of α (threads, units, parts, n rounded up), to which each thread adds, and that of the cells.
+// The gradient of α (threads, units, parts, n rounded up), to which each thread adds, and that of the cells or experts.
 template <typename T>
 void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T* cells, const T* x, const T* grad,
                          T* grad_alpha, T* grad_cells) {
@@ -81,7 +81,8 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
   const double fair = std::sqrt(3. * p.cells * GRADIENTS / sizeof(T) / (double(most) * parts * p.pixels()));
   const Int fitting_units = std::max<Int>(MIXTURES / parts, 1);
   const Int together = ceil_div(units, ceil_div(units, std::min<Int>(fitting_units, std::max(fair + 0.5, 1.0))));
-  const Int fitting = GRADIENTS / Int(sizeof(T)) / (together * parts * most) / TALL;
+  const Int experts = p.expert_parts ? p.cells : 0, alphas = p.expert_parts ? p.expert_parts : parts;
+  const Int fitting = GRADIENTS / Int(sizeof(T)) / ((together + 2 * experts) * parts * most) / TALL;
   const Int tall = std::max<Int>(fitting, 3) * TALL;
   const Int row_parts = std::max(ceil_div(p.cout, turned ? STRIP<T> : tall),
                                  std::min(p.cout, ceil_div(threads, channel_parts)));
@@ -93,9 +94,13 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
   {
     Buffer<T> kernels(together * parts * (most_rows * most + PAD));
     Buffer<T> coefficients(p.cells * round_up(together * parts)), cells_turned(most * padded);
+    const Int room = experts * parts * (most_rows * most + PAD);
+    Buffer<T> tile(room), grad_tile(room);
     const Correlating<T> correlating(p, most_rows, most);
-    T* own_alpha = grad_alpha + omp_get_thread_num() * units * parts * padded;
+    T* own_alpha = grad_alpha + omp_get_thread_num() * units * alphas * padded;
     std::fill_n(cells_turned.data, most * padded, T{});
+    std::fill_n(kernels.data, together * parts * (most_rows * most + PAD), T{});  // what lies between kernels too
+    std::fill_n(tile.data, room, T{});
     // Not dynamic: what is summed in which thread, and so the last digits, should be the same every time.
 #pragma omp for collapse(2) schedule(static)
     for (Int row_part = 0; row_part < row_parts; row_part++)
@@ -103,6 +108,7 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
         const Int row = all_rows.begin(row_part), rows = all_rows.size(row_part);
         const Int channel = all_channels.begin(channel_part), channels = all_channels.size(channel_part);
         const Int size = rows * channels + PAD;
+        if (experts) read_experts<T>(p, cells, row, rows, channel, channels, tile.data, size);
         for (Int first = 0; first < units; first += together) {
           const Int count = std::min(together, units - first);
           for (Int unit = first; unit < first + count; unit++) {
@@ -111,11 +117,17 @@ void gradients_of_mixing(const Problem& p, Int threads, const T* alpha, const T*
             correlate<T>(p, lines, in, received, rows, channels, &kernels[(unit - first) * parts * size], size, turned,
                          correlating);
           }
+          if (experts) {
+            unmix_tile<T>(p, alpha, tile.data, kernels.data, first, count, rows * channels, size,
+                          first > 0 ? ADD : WRITE, own_alpha, padded, grad_tile.data);
+            continue;
+          }
           const Int mixture = first * parts, at = row * p.cells * p.cin + channel;
           const Store how = first > 0 ? ADD : far && aligned ? STREAM : WRITE;
           unmix<T>(p, alpha + mixture * p.cells, cells + at, kernels.data, count * parts, rows, channels, size, how,
                    coefficients.data, cells_turned.data, own_alpha + mixture * padded, grad_cells + at);
         }
+        if (experts) write_experts<T>(p, grad_tile.data, row, rows, channel, channels, grad_cells, size);
       }
     fence();
   }

@@ -192,8 +192,8 @@ class Cpp(_WithFunction):
             return "it is a grouped convolution"
         if signature.shared and not signature.partition.by_positions:
             return "its cells span several positions of the kernel"
-        if signature.gradients and not signature.shared:
-            return "gradients of a bank for each part are not in C++"
+        if signature.gradients and not (signature.shared or cpp.is_of_experts(signature.partition)):
+            return "gradients of a bank for each part are in C++ for whole kernels only"
         return unavailable(signature.device, _cpu_type(signature.dtype))
 
     def cost(self, signature: Signature) -> float:
