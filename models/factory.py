@@ -242,16 +242,13 @@ def _transplant(net: nn.Module, template: nn.Module) -> nn.Module:
     Raises:
         ConfigError: It has others as well.
     """
-    state, wanted = net.state_dict(), template.state_dict()
-    places = dict(template.named_modules())
-    for name, layer in dynamic_layers(net).items():
-        if name in places:
-            for hook in places[name]._forward_pre_hooks.values():
-                layer.register_forward_pre_hook(hook)
-            for hook in places[name]._forward_hooks.values():
-                layer.register_forward_hook(hook)
-            template.set_submodule(name, layer)
-    kept = {key: wanted[key] for key in template.state_dict() if key in wanted}
+    state, places, moved = net.state_dict(), dict(template.named_modules()), ()
+    for name, module in net.named_modules():  # the layers, and blocks that the operator has rewritten
+        if name and name in places and not name.startswith(moved) and type(module) is not type(places[name]):
+            _move_hooks(places[name], module)
+            template.set_submodule(name, module)
+            moved += (f"{name}.",)
+    kept = {key: value for key, value in template.state_dict().items() if not key.startswith(moved)}
     strange = [key for key, value in kept.items() if key not in state or state[key].shape != value.shape]
     if strange:
         raise ConfigError(
@@ -262,3 +259,13 @@ def _transplant(net: nn.Module, template: nn.Module) -> nn.Module:
         for key, value in kept.items():
             value.copy_(state[key])
     return template
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the forward hooks of a module, and of what it holds, see what takes its place."""
+    places = dict(new.named_modules())
+    for name, module in old.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            places[name].register_forward_pre_hook(hook)
+        for hook in module._forward_hooks.values():
+            places[name].register_forward_hook(hook)

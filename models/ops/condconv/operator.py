@@ -24,9 +24,9 @@ from .routing import BlockRouting, check_block, route_block_
 # The paper's placements: the last blocks of a network with one routing for each, and the classifier but in timm's
 # EfficientNets.
 _EFFICIENTNET = {"routing": "block", "include": (r"blocks\.[456]\.\d+\.conv_(pw|dw|pwl)",)}
-_MOBILENETV2 = {"routing": "block", "include": (r"blocks\.(4\.[12]|5\.\d|6\.0)\.conv_(pw|dw|pwl)", "classifier")}
-_RESNET18 = {"routing": "block", "include": (r"(layer3\.1|layer4\.\d)\.conv\d", "fc")}
-_RESNET50 = {"routing": "block", "include": (r"layer4\.\d\.conv\d", "fc")}
+_MOBILENETV2 = {"routing": "block", "include": (r"blocks\.(4\.[12]|5\.\d|6\.0)\.conv_(pw|dw|pwl)|classifier",)}
+_RESNET18 = {"routing": "block", "include": (r"(layer3\.1|layer4\.\d)\.conv\d|fc",)}
+_RESNET50 = {"routing": "block", "include": (r"layer4\.\d\.conv\d|fc",)}
 
 
 class CondConv(ExpertsOperator):

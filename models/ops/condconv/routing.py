@@ -130,6 +130,7 @@ def route_block_(block: nn.Module, routing: BlockRouting) -> None:
     block.routing_fn = routing
     block._modules.update(others)
     block.__class__ = _routed_class(type(block))
+    block.__module__ = "torch.nn"  # a leaf of torch.fx, which would not see how the layers come by the routing
 
 
 def check_block(name: str, block: nn.Module) -> None:

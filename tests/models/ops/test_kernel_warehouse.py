@@ -8,7 +8,7 @@ from torch import nn
 
 from kernelwarehouse import set_temperature
 from kernelwarehouse.models.ops.kernel_warehouse import Attention, KWConv2d, Warehouse, assign
-from kernelwarehouse.models.ops.kernel_warehouse.coefficients import mean
+from kernelwarehouse.models.ops.means import mean
 from kernelwarehouse.models.ops.mixture_conv import cut
 
 
