@@ -49,7 +49,7 @@ def pairs(scope: Scope) -> Iterator[tuple[str, Pair]]:
         pair = Pair.read(config, side=scope.side)
         seen.add(pair.converted.operator)
         yield config, pair
-    for operator in operator_names():
+    for operator in operator_names() if scope.siblings else ():
         if operator not in seen:
             name = f"{prefix_of(operator)}_{_SIBLING}"
             yield name, Pair.read({"model": name}, side=scope.side)

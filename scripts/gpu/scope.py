@@ -22,6 +22,7 @@ class Scope:
         layers: Configurations whose layers are timed.
         layer_batches: Batches that they are timed with.
         networks: Configurations of whole networks that are timed.
+        siblings: Whether a network by each other operator is timed as well.
         batches: Batches that those are timed with.
         precision: In which both are timed.
         side: Of the images in pixels; None for the configurations' own.
@@ -55,6 +56,7 @@ class Scope:
         "resnet50/kw1x_resnet50",
         "mobilenetv2_100/kw1x_mobilenetv2_100",
     )
+    siblings: bool = True
     batches: tuple[int, ...] = (128, 1)
     precision: str = "bf16"
     side: int | None = None
@@ -126,6 +128,7 @@ def _tiny(device: torch.device) -> Scope:
         layers=("quickstart/kw1x_resnet18",),
         layer_batches=(2,),
         networks=("quickstart/kw1x_resnet18",),
+        siblings=False,
         batches=(2,),
         precision="fp32",
         seeds=0,

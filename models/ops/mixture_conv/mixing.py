@@ -50,7 +50,9 @@ def mix(alpha: Tensor, bank: Tensor, partition: Partition) -> Tensor:
         return _assemble(mixed.reshape(batch, *partition.grid, *partition.cell), partition)
     if partition.kernel[1] == 1 and partition.by_positions:  # as in a depthwise convolution
         mixed = alpha.reshape(-1, num_terms) @ as_type(bank.flatten(1), alpha.dtype)
-        return mixed.view(batch, *partition.kernel[2:], partition.kernel[0]).movedim(-1, 1).unsqueeze(2)
+        dims = len(partition.kernel) - 2
+        last = mixed.view(batch, *partition.kernel[2:], partition.kernel[0])
+        return last.permute(0, 1 + dims, *range(1, 1 + dims)).unsqueeze(2)  # movedim, for TorchScript's exporter
     # Each output channel's row of the cells by itself: small products whose operands stay in the cache.
     rows = bank.transpose(0, 1).flatten(2).to(alpha.dtype)
     mixed = torch.bmm(alpha.reshape(-1, num_terms).expand(len(rows), -1, -1), rows)
