@@ -51,6 +51,7 @@ def with_small_files(work, size):
     resource = pytest.importorskip("resource")
 
     def limited():
+        sys.dont_write_bytecode = True  # a module's would be cut off, and be read by all who import it later
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return work()

@@ -186,5 +186,5 @@ def test_gradients_by_the_input_alone_leave_no_tensor_behind(implementation):
     before = tensors()
     for _ in range(4):
         torch.autograd.grad(loss, x, retain_graph=True)
-    assert tensors() == before
+    assert tensors() <= before  # others' may be let go of meanwhile
     assert layer.warehouse.weight.grad is None
