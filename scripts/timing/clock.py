@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernelwarehouse.models import set_temperature, temperatures
+
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "tf32", *HALF)
 
@@ -42,5 +44,7 @@ def step(net: nn.Module, x: Tensor, train: bool, precision: str = "fp32") -> Cal
             loss = F.cross_entropy(y, torch.zeros(len(y), dtype=torch.long, device=y.device))
         loss.backward()
 
+    for operator, value in temperatures(net).items():
+        set_temperature(net, value, operator)  # it is meant to stay there
     net.train(train)
     return forward_backward if train else infer
