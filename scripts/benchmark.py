@@ -105,7 +105,7 @@ def check_case(
         SystemExit: As `check_parity`.
     """
     contender = Contender("ours", dataclasses.replace(case.pair.converted, input_size=side), implementation="auto")
-    net, x = contender.build(device), contender.images(2, device)
+    net, x = contender.build(device), contender.images(8, device)  # BatchNorm over fewer makes much of rounding errors
     forced = (name for name in implementations if name not in MERGED)
     found = [check_parity(net, x, ("auto", *forced))] if case.pair.no_authors is None else []
     net, x = net.double().eval(), x.double()

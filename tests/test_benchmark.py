@@ -76,7 +76,7 @@ def test_each_network_has_a_row_in_each_case(benchmark, machine, monkeypatch, ca
         )  # which cannot be trained
     ]
     kept = json.loads((tmp_path / "figures.json").read_text())
-    assert kept["parity"] < 1e-6
+    assert kept["parity"] < 1e-9
     assert kept["machine"]["products"]["bf16"] == 4e11
     by_name = {}
     for figures in kept["results"]:
@@ -350,7 +350,7 @@ def test_memory_is_that_of_the_network_alone(benchmark, machine, monkeypatch, ca
     assert run(benchmark, monkeypatch, "--memory", "--mode", "train", "--batch", 64) == 0
     rows = table(capsys.readouterr().out)
     peaks = {row["network"]: float(row["peak (MiB)"]) for row in rows}
-    assert peaks["ours"] == pytest.approx(peaks["static"], rel=0.1)
+    assert peaks["ours"] == pytest.approx(peaks["static"], rel=0.3)
     assert max(peaks["static"], peaks["ours"]) < peaks["upstream"] < held.nbytes / 2**20
     for row in rows:
         assert float(row["peak to static"]) == pytest.approx(peaks[row["network"]] / peaks["static"], rel=0.1)
