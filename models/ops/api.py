@@ -162,6 +162,13 @@ class DynamicLayer(nn.Module):
         """The layer's input as its convolution sees it, (B, Cin, *spatial)."""
         return x
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script, whose compiler knows neither what layers share nor how one is computed."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for "
+            "any batch size, and torch.export and torch.onnx.export work too"
+        )
+
     def shared(self) -> list[Tied]:
         """The modules with parameters that it may share with other layers."""
         children = (child for child in self.children() if isinstance(child, Tied))

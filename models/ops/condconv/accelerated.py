@@ -76,13 +76,6 @@ class AcceleratedCondConv2d(DynamicLayer):
         example = self.weight.new_empty(1, kernel[1] * self.geometry.groups, *kernel[2:])
         return IMPLEMENTATIONS[implementation].supports(self.signature(example))
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script, whose compiler cannot follow the choice of an implementation."""
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for "
-            "any batch size, and torch.export and torch.onnx.export work too"
-        )
-
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
         return f"experts={len(self.weight)}, kernel={self.partition.kernel}, bias={self.bias is not None}"

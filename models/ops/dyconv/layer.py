@@ -1,13 +1,12 @@
 """The attention of DY-Conv, and the layers."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..experts import ExpertsConv, Mixing
-from ..geometry import Padding
 from ..tied import Temperature
 
 LIMITS = 1e-3, 1e4  # of the temperature
@@ -59,15 +58,7 @@ class DYConvNd(ExpertsConv):
     """y[b] = conv(x[b], Σ_n π[b, n] W_n) + Σ_n π[b, n] b_n.
 
     Args:
-        in_channels: As torch's convolution; all up to `padding_mode`.
-        out_channels: See there.
-        kernel_size: See there.
-        stride: See there.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        bias: See there.
-        padding_mode: See there.
+        *convolution: The arguments of torch's convolution; so are those of `**named`.
         kernel_num: K.
         reduction: As `DYAttention`.
         device: Where the parameters are.
@@ -76,25 +67,16 @@ class DYConvNd(ExpertsConv):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
+        *convolution: Any,
         kernel_num: int = 4,
         reduction: float = 0.25,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **named: Any,
     ):
-        convolution = kernel_size, stride, padding, dilation, groups, bias, padding_mode
         kwargs = {"device": device, "dtype": dtype}
-        super().__init__(in_channels, out_channels, *convolution, num_experts=kernel_num, **kwargs)
-        self.attention = DYAttention(in_channels, kernel_num, reduction, **kwargs)
+        super().__init__(*convolution, num_experts=kernel_num, **named, **kwargs)
+        self.attention = DYAttention(self.in_channels, kernel_num, reduction, **kwargs)
         self.temperature = Temperature(1.0, LIMITS, **kwargs) if kernel_num > 1 else None
         self.reset_parameters()
 

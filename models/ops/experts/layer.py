@@ -200,13 +200,6 @@ class ExpertsConv(DynamicLayer):
 
         return super()._apply(matrix, recurse)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script, whose compiler does not know how an implementation is chosen."""
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for "
-            "any batch size, and torch.export and torch.onnx.export work too"
-        )
-
     def extra_repr(self) -> str:
         """Describe the module in `print`."""
         return (

@@ -220,13 +220,6 @@ class KWLayer(DynamicLayer):
         self.products = bank.transpose(0, 1).movedim(2, -1).contiguous()  # as the C++ reads it
         self.warehouse = self.temperature = None
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script, whose compiler knows no cells that belong to another module."""
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script; torch.jit.trace gives a ScriptModule for "
-            "any batch size, and torch.export and torch.onnx.export work too"
-        )
-
     def static_kernel(self) -> Tensor:
         """The kernel (Cout, Cin/groups, *k) made of the assigned cells: the layer's own at temperature 1."""
         return mix(self.attention.assignment[None], self.cells, self.partition)[0]

@@ -1,13 +1,12 @@
 """The layers of ODConv."""
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..experts import ExpertsConv, Mixing
-from ..geometry import Padding
 from ..tied import Temperature
 from .attention import ODAttention, head_widths
 
@@ -20,15 +19,7 @@ class ODConvNd(ExpertsConv):
     The authors' layer has no bias; ours is added last and is the same for all inputs.
 
     Args:
-        in_channels: As torch's convolution; all up to `padding_mode`.
-        out_channels: See there.
-        kernel_size: See there.
-        stride: See there.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        bias: See there.
-        padding_mode: See there.
+        *convolution: The arguments of torch's convolution; so are those of `**named`.
         kernel_num: n.
         reduction: As `ODAttention`.
         device: Where the parameters are.
@@ -39,26 +30,17 @@ class ODConvNd(ExpertsConv):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: Padding = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
+        *convolution: Any,
         kernel_num: int = 4,
         reduction: float = 0.0625,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **named: Any,
     ):
-        convolution = kernel_size, stride, padding, dilation, groups, bias, padding_mode
         kwargs = {"device": device, "dtype": dtype}
-        super().__init__(in_channels, out_channels, *convolution, num_experts=kernel_num, by_position=True, **kwargs)
-        widths = head_widths(in_channels, out_channels, groups, math.prod(self.kernel_size), kernel_num)
-        self.attention = ODAttention(in_channels, widths, reduction, **kwargs)
+        super().__init__(*convolution, num_experts=kernel_num, by_position=True, **named, **kwargs)
+        widths = head_widths(self.in_channels, self.out_channels, self.groups, math.prod(self.kernel_size), kernel_num)
+        self.attention = ODAttention(self.in_channels, widths, reduction, **kwargs)
         self.temperature = Temperature(1.0, LIMITS, **kwargs)
         self.reset_parameters()
 
